@@ -1,0 +1,59 @@
+# make lab    set up everything and open the series in JupyterLab
+# make test   set up everything and run all tests
+# Everything installed goes into .venv; delete that folder to start afresh.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PORT ?= 8888
+READY := $(VENV)/.ready
+
+# One thread a process: two torch processes with two threads each on two cores wait for each other.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: lab test notebooks lint format phantoms figures bench clean help
+
+help:
+	@sed -n '/^[a-z]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
+
+# The import at the end: a torch and a torchvision that do not fit fail here, not in a notebook.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than 3.11. Install a newer Python and run: make PYTHON=python3.12 …"; exit 1; }
+	@echo "Installing the packages into $(VENV) (some minutes, 6 GB, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(PY) -c 'import torch, torchvision; print("torch", torch.__version__, "torchvision", torchvision.__version__)'
+	@touch $@
+
+phantoms: $(READY) ## make the default phantom set (once, about a minute)
+	@$(PY) -m oasis_helpers phantoms
+
+lab: phantoms ## open the series in JupyterLab; PORT=8889 for another port, HEADLESS=1 for no browser
+	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(PY) -m jupyter lab --port=$(PORT) $(if $(HEADLESS),--no-browser) \
+	  notebooks/01_data_exploration.ipynb
+
+test: phantoms ## unit tests, then every notebook against its stored outputs
+	$(PY) -m pytest tests -n 2 --dist loadfile --cov=oasis_helpers --cov-report=term --cov-fail-under=90
+	$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadfile
+
+notebooks: phantoms ## run the notebooks and store their outputs
+	$(PY) tests/notebook_tools.py
+
+lint: $(READY) ## ruff over code and notebooks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+figures: phantoms ## redraw the pictures in figures/
+	$(PY) figures/make_figures.py
+
+bench: phantoms ## measure phantoms and loading
+	$(PY) benchmarks/data.py
+
+clean: ## remove the environment and caches of this checkout
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage build *.egg-info

@@ -1,0 +1,140 @@
+"""Command line: ``python -m oasis_helpers phantoms|check|train|sample``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def _phantoms(args: argparse.Namespace) -> int:
+    from .data import phantom_cache
+    from .phantoms import make_phantoms
+
+    if args.out is None:
+        location = make_phantoms(phantom_cache(), workers=args.workers)
+    else:
+        location = make_phantoms(args.out, tuple(args.cases), args.slices, args.seed, args.workers)
+    print(f"{location} in {location.root}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .data import check_dataset
+
+    report = check_dataset(args.root)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .data import find_data, load_slices
+    from .training import PROFILES, pick_device, save_checkpoint, save_weights, train
+
+    out = Path(args.out)
+    checkpoint = out.with_name(out.stem + ".checkpoint.safetensors")
+    for path in (out, checkpoint):
+        if path.exists() and not args.resume:
+            raise FileExistsError(f"{path} exists. Give another --out, or --resume to go on with that run.")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: that run is finished. Give another --out.")
+    config = PROFILES[args.profile]
+    config = replace(config, **{k: v for k in ("steps", "seed") if (v := getattr(args, k)) is not None})
+    location = find_data(args.data)
+    device = pick_device()
+    print(f"{location}; {args.profile} profile, {config.steps} steps on {device}", flush=True)
+    slices = load_slices(location.train, config.image_size)
+    resume = checkpoint if args.resume else None
+    with tqdm(total=config.steps, unit="step") as bar:
+        for state in train(config, slices, device=device, resume=resume):
+            bar.update(state.step - bar.n)
+            bar.set_postfix(loss=f"{state.loss:.4f}", img_s=f"{state.images_per_second:.0f}")
+            if state.step % args.every == 0 or state.step == config.steps:
+                save_checkpoint(checkpoint, state)
+    save_weights(out, state.ema.model, config, data=location.kind, steps=str(state.step), device=str(device))
+    checkpoint.unlink()
+    print(f"weights in {out}")
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from .plots import grid
+    from .sampling import sample
+    from .training import WEIGHTS, load_weights, pick_device
+
+    out = Path(args.out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists. Give another --out: nothing is overwritten.")
+    model, config = load_weights(args.weights or WEIGHTS, pick_device())
+    shape = (args.number, 1, config.image_size, config.image_size)
+    steps = config.T if args.method == "ddpm" else args.steps
+    states = sample(
+        model, config.make_schedule(), shape, method=args.method, steps=steps, seed=args.seed,
+        prediction=config.prediction,
+    )  # fmt: skip
+    for state in tqdm(states, total=steps, unit="step"):  # noqa: B007
+        pass
+    figure = grid(list(state.x), columns=min(8, args.number), title="synthetic – not for diagnosis")
+    figure.savefig(out, dpi=150)
+    print(f"{args.number} samples in {out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    show = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m oasis_helpers", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    p = commands.add_parser(
+        "phantoms", help="make phantom subjects in the layout of the OASIS course set", **show
+    )
+    p.add_argument("out", nargs="?", help="new folder (without it: the default set, in the cache)")
+    p.add_argument("--cases", nargs=3, type=int, default=(36, 6, 6), metavar=("TRAIN", "VALIDATE", "TEST"))
+    p.add_argument("--slices", type=int, default=32, help="planes per case, 1 to 32")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int, help="processes (default: one per CPU)")
+    p.set_defaults(run=_phantoms)
+
+    p = commands.add_parser("check", help="report what is missing, damaged or altered in a data set", **show)
+    p.add_argument("root", help="folder that holds keras_png_slices_train and its five sisters")
+    p.set_defaults(run=_check)
+
+    p = commands.add_parser("train", help="train a network and write its weights", **show)
+    p.add_argument("--profile", choices=("quick", "laptop", "full"), default="quick")
+    p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
+    p.add_argument("--out", default="runs/weights.safetensors", help="file for the weights")
+    p.add_argument("--steps", type=int, help="instead of the profile's")
+    p.add_argument("--seed", type=int, help="instead of the profile's")
+    p.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    p.set_defaults(run=_train)
+
+    p = commands.add_parser("sample", help="draw slices from weights into one picture", **show)
+    p.add_argument("--weights", help="file of weights (default: those that ship)")
+    p.add_argument("--out", default="samples.png", help="PNG to write")
+    p.add_argument("--number", type=int, default=16)
+    p.add_argument("--method", choices=("ddpm", "ddim"), default="ddim")
+    p.add_argument("--steps", type=int, default=50, help="for ddim")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=_sample)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit code 1."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

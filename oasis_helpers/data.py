@@ -1,0 +1,433 @@
+"""The slices: where they are, whether they are whole, and how a training loop gets them.
+
+The layout is that of the OASIS course set: six folders ``keras_png_slices_{train,validate,
+test}`` and ``keras_png_slices_seg_{…}`` with ``case_NNN_slice_K.nii.png`` and
+``seg_NNN_slice_K.nii.png``, all 256×256 PNG of mode L. Data: Marcus et al. 2007, J. Cogn.
+Neurosci. 19(9):1498–1507.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+from tqdm.auto import tqdm
+
+DATASET_FOLDER = "keras_png_slices"
+SPLITS = ("train", "validate", "test")
+SIDE = 256
+MASK_VALUES = (0, 85, 170, 255)
+TISSUES = ("background", "CSF", "grey matter", "white matter")
+
+_NAME = re.compile(r"^(case|seg)_(\d+)_slice_(\d+)(?:\.nii)?\.png$", re.IGNORECASE)
+
+
+def image_name(case: int, index: int) -> str:
+    """File name of an image, as the course set writes it."""
+    return f"case_{case:03d}_slice_{index}.nii.png"
+
+
+def mask_name(case: int, index: int) -> str:
+    """File name of a mask, as the course set writes it."""
+    return f"seg_{case:03d}_slice_{index}.nii.png"
+
+
+def _slices_in(folder: Path, prefix: str) -> dict[tuple[int, int], Path]:
+    """Every file of one kind in ``folder`` by (case, slice), in numeric order."""
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder} does not exist. Give one split folder, such as …/{DATASET_FOLDER}_train, "
+            "or run `python -m oasis_helpers phantoms OUT` to make a set."
+        )
+    if not folder.is_dir():
+        hint = " Unpack the archive first." if folder.suffix == ".zip" else ""
+        raise NotADirectoryError(f"{folder} is a file, not a folder of slices.{hint}")
+    found = {}
+    for path in folder.iterdir():
+        match = _NAME.match(path.name)
+        if match and match[1].lower() == prefix:
+            found[int(match[2]), int(match[3])] = path
+    return dict(sorted(found.items()))
+
+
+def _open_checked(path: Path) -> Image.Image:
+    """The PNG at ``path``, decoded, if it is what the course set holds; else one clear line."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(
+            f"{path} cannot be read as a PNG ({error}). It is damaged or incomplete: copy or make it again."
+        ) from error
+    if image.mode != "L":
+        raise ValueError(
+            f"{path} has mode {image.mode}; slices are 8-bit greyscale (mode L). "
+            "Convert it with PIL's image.convert('L'), or copy the original again."
+        )
+    if image.size != (SIDE, SIDE):
+        raise ValueError(
+            f"{path} is {image.size[0]}×{image.size[1]} pixels; slices are {SIDE}×{SIDE}. "
+            "Use the original file: resizing belongs in the transform."
+        )
+    return image
+
+
+class OASISDataset(Dataset):
+    """The slices of one split folder, in numeric order of case and slice.
+
+    ``ds[i]`` is the image, or (image, mask) with ``label_path``, the folder of the masks.
+    Without ``transform`` the image is a PIL image (mode L, 256×256); otherwise what the
+    transform makes of it. A mask is a long tensor (256, 256) of class ids 0–3 (background,
+    CSF, grey, white). ``case_ids`` and ``slice_ids`` are lists of integers, one entry a slice.
+
+    Raises ``FileNotFoundError`` for a missing or empty folder and for an image without its
+    mask or a mask without its image, ``OSError`` for a damaged PNG and ``ValueError`` for a
+    wrong mode, size or mask value, each naming the file and the remedy.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable | None = None,
+        label_path: str | Path | None = None,
+    ):
+        self.root = Path(root).expanduser()
+        self.transform = transform
+        self.label_path = None if label_path is None else Path(label_path).expanduser()
+        images = _slices_in(self.root, "case")
+        if not images:
+            raise FileNotFoundError(
+                f"{self.root} holds no slices: no file is named like {image_name(1, 0)}. "
+                f"Give a split folder such as …/{DATASET_FOLDER}_train."
+            )
+        self.paths = list(images.values())
+        self.case_ids = [case for case, _ in images]
+        self.slice_ids = [index for _, index in images]
+        self.mask_paths = None
+        if self.label_path is not None:
+            masks = _slices_in(self.label_path, "seg")
+            if without := [key for key in images if key not in masks]:
+                raise FileNotFoundError(
+                    f"{images[without[0]]} has no mask: {self.label_path / mask_name(*without[0])} is missing"
+                    f"{_and_more(without)}. Copy it, or leave label_path out."
+                )
+            if without := [key for key in masks if key not in images]:
+                raise FileNotFoundError(
+                    f"{masks[without[0]]} has no image: {self.root / image_name(*without[0])} is missing"
+                    f"{_and_more(without)}. Copy it, or remove the mask."
+                )
+            self.mask_paths = [masks[key] for key in images]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        image = _open_checked(self.paths[index])
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.mask_paths is None:
+            return image
+        return image, self._mask(index)
+
+    def _mask(self, index: int) -> Tensor:
+        path = self.mask_paths[index]
+        values = np.asarray(_open_checked(path))
+        if not np.isin(values, MASK_VALUES).all():
+            odd = int(values[~np.isin(values, MASK_VALUES)][0])
+            raise ValueError(
+                f"{path} has a pixel of value {odd}; masks have {', '.join(map(str, MASK_VALUES))}. "
+                "It was resampled or compressed: copy the original."
+            )
+        return torch.from_numpy(values // 85).long()
+
+
+def _and_more(items: list) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+# ---- transforms and loading -----------------------------------------------------------------
+
+
+def slice_transform(image_size: int) -> transforms.Compose:
+    """PIL slice → float tensor (1, image_size, image_size) in [−1, 1].
+
+    Cuts the middle 208×208 pixels first: the scan fills 176×208 of the 256×256, the rest is
+    padding on which a small network would spend a third of its work.
+    """
+    return transforms.Compose(
+        [
+            transforms.CenterCrop(208),
+            transforms.Resize(image_size, antialias=True),
+            transforms.ToTensor(),
+            transforms.Normalize(0.5, 0.5),
+        ]
+    )
+
+
+def load_slices(root: str | Path, image_size: int, cases: int | None = None) -> Tensor:
+    """Every slice of a split folder in memory, uint8 (N, 1, image_size, image_size).
+
+    Decoded and resized once, so that training reads memory and no PNG; at 64×64 the whole
+    OASIS training split is 40 MB. ``cases`` keeps the first so many cases. See
+    :func:`to_unit_range` for the way to [−1, 1].
+    """
+    dataset = OASISDataset(root, transform=slice_transform(image_size))
+    count = len(dataset)
+    if cases is not None:
+        kept = set(sorted(set(dataset.case_ids))[:cases])
+        count = sum(case in kept for case in dataset.case_ids)
+    slices = torch.empty((count, 1, image_size, image_size), dtype=torch.uint8)
+    for i in tqdm(range(count), desc="slices", unit="slice", disable=count < 2000):
+        slices[i] = ((dataset[i] + 1) * 127.5).round().to(torch.uint8)
+    return slices
+
+
+def to_unit_range(slices: Tensor) -> Tensor:
+    """uint8 pixels 0–255 → float32 in [−1, 1], the range that diffusion assumes for x_0."""
+    return slices.float() / 127.5 - 1
+
+
+# ---- where the data is ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataLocation:
+    """A data set on disk: ``root`` holds the six folders; ``kind`` is "oasis" or "phantoms"."""
+
+    root: Path
+    kind: str
+
+    def folder(self, split: str, masks: bool = False) -> Path:
+        """The folder of one split's images, or of its masks."""
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}.")
+        return self.root / f"{DATASET_FOLDER}{'_seg' if masks else ''}_{split}"
+
+    @property
+    def train(self) -> Path:
+        return self.folder("train")
+
+    @property
+    def validate(self) -> Path:
+        return self.folder("validate")
+
+    @property
+    def test(self) -> Path:
+        return self.folder("test")
+
+    def __str__(self) -> str:
+        cases = sum(
+            len({case for case, _ in _slices_in(self.folder(split), "case")})
+            for split in SPLITS
+            if self.folder(split).is_dir()
+        )
+        return f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}, {cases} cases"
+
+
+def _locate(root: Path) -> DataLocation:
+    """The data set in ``root``, or in one folder (or doubled folder) inside it."""
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist. Give the folder that holds {DATASET_FOLDER}_train.")
+    if root.is_file():
+        hint = "Unpack it and give the folder." if root.suffix == ".zip" else "Give a folder."
+        raise NotADirectoryError(f"{root} is a file. {hint}")
+    candidate = root.parent if root.name.startswith(f"{DATASET_FOLDER}_") else root
+    for _ in range(3):
+        if (candidate / f"{DATASET_FOLDER}_train").is_dir():
+            is_phantom = (candidate / "phantoms.json").exists()
+            return DataLocation(candidate, "phantoms" if is_phantom else "oasis")
+        candidate = candidate / f"{DATASET_FOLDER}_data"
+    raise FileNotFoundError(
+        f"{root} holds no folder {DATASET_FOLDER}_train (nor does a {DATASET_FOLDER}_data in it). "
+        "Point to the unpacked course archive, or leave OASIS_ROOT unset to use phantoms."
+    )
+
+
+def phantom_cache() -> Path:
+    """Where the default phantoms are kept: the user's cache folder, one per recipe."""
+    from platformdirs import user_cache_path
+
+    from .phantoms import RECIPE
+
+    return user_cache_path("oasis-diffusion", appauthor=False) / f"phantoms-r{RECIPE}-seed0"
+
+
+def find_data(root: str | Path | None = None) -> DataLocation:
+    """The data to use: ``root``, else ``$OASIS_ROOT``, else the phantoms (made on first use).
+
+    ``root`` may be the folder with the six split folders, the extra top folder around it, or
+    one of the split folders. Raises ``FileNotFoundError`` or ``NotADirectoryError`` if what
+    was asked for is not there: phantoms never stand in silently for data you named.
+    """
+    chosen = root or os.environ.get("OASIS_ROOT")
+    if chosen:
+        return _locate(Path(chosen).expanduser())
+    from .phantoms import make_phantoms
+
+    return make_phantoms(phantom_cache())
+
+
+# ---- is it whole? ---------------------------------------------------------------------------
+
+
+@dataclass
+class DatasetReport:
+    """What :func:`check_dataset` found. ``ok`` is True when nothing is wrong.
+
+    ``counts``: split → (slices, cases). ``checksums``: "unmodified" when every case equals the
+    course set's, "altered" with the differing cases in ``altered``, "incomplete" when all
+    present cases are right and some are absent, or "not OASIS" for phantoms.
+    """
+
+    root: Path
+    kind: str
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    corrupt: list[str] = field(default_factory=list)
+    wrong_mode: list[str] = field(default_factory=list)
+    wrong_size: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    checksums: str = "not OASIS"
+    altered: list[int] = field(default_factory=list)
+
+    @property
+    def problems(self) -> dict[str, list[str]]:
+        """Kind of problem → what is wrong and what to do, without the empty kinds."""
+        kinds = {
+            "missing": self.missing,
+            "corrupt": self.corrupt,
+            "wrong mode": self.wrong_mode,
+            "wrong size": self.wrong_size,
+            "split leakage": self.leaks,
+        }
+        return {kind: lines for kind, lines in kinds.items() if lines}
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and self.checksums != "altered"
+
+    def __str__(self) -> str:
+        lines = [f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}: {'ok' if self.ok else 'PROBLEMS'}"]
+        lines += [f"  {s:<9} {n:>6,} slices {c:>4} cases" for s, (n, c) in self.counts.items()]
+        for kind, found in self.problems.items():
+            lines.append(f"  {kind}: {len(found)}")
+            lines += [f"    {line}" for line in found[:5]]
+            if len(found) > 5:
+                lines.append(f"    … and {len(found) - 5} more")
+        verdict = self.checksums
+        if self.altered:
+            verdict += (
+                ": cases " + ", ".join(map(str, self.altered[:8])) + (" …" if len(self.altered) > 8 else "")
+            )
+        lines.append(f"  checksums: {verdict}")
+        return "\n".join(lines)
+
+
+def check_dataset(root: str | Path) -> DatasetReport:
+    """Read every file of a data set and report what is wrong with it.
+
+    Looks for missing folders, slices and partners, PNGs that do not decode, a mode other than
+    L, a size other than 256×256, and cases in two splits. For a course set each case is also
+    compared with the checksums shipped in ``oasis_png_cases.csv``. Raises as
+    :func:`find_data` if there is no data set at ``root``.
+    """
+    location = _locate(Path(root).expanduser())
+    report = DatasetReport(location.root, location.kind)
+    cases_of: dict[int, list[str]] = defaultdict(list)
+    digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
+    jobs = []
+    for split in SPLITS:
+        found = {}
+        for prefix, masks in (("case", False), ("seg", True)):
+            folder = location.folder(split, masks)
+            if not folder.is_dir():
+                report.missing.append(f"folder {folder.name}: unpack the archive again")
+                found[prefix] = {}
+            else:
+                found[prefix] = _slices_in(folder, prefix)
+        images, masks = found["case"], found["seg"]
+        per_case = Counter(case for case, _ in images)
+        report.counts[split] = (len(images), len(per_case))
+        for case in per_case:
+            cases_of[case].append(split)
+        seg_folder = f"{DATASET_FOLDER}_seg_{split}"
+        folder = f"{DATASET_FOLDER}_{split}"
+        if location.folder(split, masks=True).is_dir():
+            report.missing += [
+                f"{seg_folder}/{mask_name(*k)}: the mask of a slice that is there"
+                for k in images
+                if k not in masks
+            ]
+        if location.folder(split).is_dir():
+            report.missing += [
+                f"{folder}/{image_name(*k)}: the image of a mask that is there"
+                for k in masks
+                if k not in images
+            ]
+        expected = max(per_case.values(), default=0)
+        for case, number in per_case.items():
+            have = {index for c, index in images if c == case}
+            if number < expected or max(have) >= expected:
+                gone = [
+                    i for i in range(max(expected, max(have) + 1)) if i not in have and (case, i) not in masks
+                ]
+                report.missing += [f"{folder}/{image_name(case, i)}: a gap in the case" for i in gone]
+        jobs += [(prefix, key, path) for prefix in found for key, path in found[prefix].items()]
+    for case, splits in sorted(cases_of.items()):
+        if len(splits) > 1:
+            report.leaks.append(f"case {case:03d} is in {' and '.join(splits)}: keep it in one split")
+
+    for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 500):
+        _check_file(path, report)
+        if location.kind == "oasis":
+            digests[case][prefix].append(hashlib.sha256(path.read_bytes()).hexdigest())
+    if location.kind == "oasis":
+        _compare_checksums(digests, report)
+    return report
+
+
+def _check_file(path: Path, report: DatasetReport) -> None:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, size = image.mode, image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        report.corrupt.append(f"{name}: {str(error).replace(str(path), path.name)}; copy it again")
+        return
+    if mode != "L":
+        report.wrong_mode.append(f"{name}: mode {mode}, should be L (8-bit greyscale)")
+    if size != (SIDE, SIDE):
+        report.wrong_size.append(f"{name}: {size[0]}×{size[1]}, should be {SIDE}×{SIDE}")
+
+
+def _compare_checksums(digests: dict, report: DatasetReport) -> None:
+    with (Path(__file__).parent / "oasis_png_cases.csv").open(newline="") as file:
+        known = {int(row["case"]): row for row in csv.DictReader(file)}
+
+    def of_case(hashes: list[str]) -> str:
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    for case, hashes in sorted(digests.items()):
+        row = known.get(case)
+        right = (
+            row
+            and of_case(hashes["case"]) == row["images_sha256"]
+            and of_case(hashes["seg"]) == row["masks_sha256"]
+        )
+        if not right:
+            report.altered.append(case)
+    absent = set(known) - set(digests)
+    report.checksums = "altered" if report.altered else "incomplete" if absent else "unmodified"

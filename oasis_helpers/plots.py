@@ -1,0 +1,225 @@
+"""Pictures for the notebooks: pure functions from data to a matplotlib ``Figure``.
+
+No pyplot and no global state, so a figure is shown once, where :func:`show` says. Colours are
+Okabe & Ito's, which people with any kind of colour vision can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from IPython.display import display
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
+TISSUE_COLOURS = {1: SKY, 2: ORANGE, 3: YELLOW}
+TISSUE_NAMES = {0: "background", 1: "CSF", 2: "grey matter", 3: "white matter"}
+
+Picture = Tensor | np.ndarray | Image.Image
+
+
+def upright(image: Picture) -> np.ndarray:
+    """A slice as people look at it: anterior up, (rows, columns), 0–1 for images.
+
+    Takes a PIL image or uint8 array (0–255), a float tensor in [−1, 1] with or without its
+    channel axis, or a long tensor of class ids (returned as they are).
+    """
+    if isinstance(image, Tensor):
+        array = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
+    else:
+        array = np.asarray(image)
+    array = array.squeeze()
+    if array.ndim != 2:
+        raise ValueError(f"the image has shape {array.shape}: give one slice, (H, W) or (1, H, W).")
+    if array.dtype == np.uint8:
+        array = array / 255
+    elif array.dtype.kind == "f":
+        array = np.clip(array / 2 + 0.5, 0, 1)
+    return np.rot90(array, 1)[:, ::-1]
+
+
+def _image_axis(axis, image: Picture, title: str = "") -> None:
+    axis.imshow(upright(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_axis_off()
+    if title:
+        axis.set_title(title, fontsize=9)
+
+
+def grid(
+    images: Sequence[Picture] | Tensor,
+    columns: int = 8,
+    titles: Sequence[str] = (),
+    size: float = 1.25,
+    title: str = "",
+) -> Figure:
+    """Slices side by side, ``columns`` a row, each ``size`` inches wide."""
+    rows = -(-len(images) // columns)
+    head = 0.28 if len(titles) else 0.04
+    figure = Figure(
+        figsize=(size * columns, rows * (size + head) + (0.3 if title else 0)), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for index, axis in enumerate(axes):
+        axis.set_axis_off()
+        if index < len(images):
+            _image_axis(axis, images[index], titles[index] if index < len(titles) else "")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    title: str = "",
+    logx: bool = False,
+    logy: bool = False,
+    size: tuple[float, float] = (5.5, 3.0),
+) -> Figure:
+    """Curves by name, each (x, y), with a legend when there are several."""
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    styles = ("-", "--", "-.", ":", "-", "--")
+    for (name, (x, y)), colour, style in zip(curves.items(), COLOURS, styles):
+        axis.plot(np.asarray(x), np.asarray(y), style, color=colour, label=name, linewidth=1.6)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if logx:
+        axis.set_xscale("log")
+    if logy:
+        axis.set_yscale("log")
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def bars(values: Mapping[str, float], ylabel: str, *, title: str = "", size=(5.5, 2.8)) -> Figure:
+    """One bar a name, with its value on top."""
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.bar(list(values), list(values.values()), color=BLUE, width=0.6)
+    axis.bar_label(drawn, fmt="%.3g", fontsize=8, padding=2)
+    axis.set(ylabel=ylabel, title=title)
+    axis.margins(y=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def histograms(
+    samples: Mapping[str, np.ndarray], xlabel: str, *, bins=64, title: str = "", size=(5.5, 2.8)
+) -> Figure:
+    """Densities of several sets of numbers on common bins."""
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    values = {name: np.asarray(v).ravel() for name, v in samples.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
+    for (name, found), colour in zip(values.items(), COLOURS):
+        axis.hist(found, edges, density=True, histtype="step", linewidth=1.6, color=colour, label=name)
+    axis.set(xlabel=xlabel, ylabel="density", title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(values) > 1:
+        axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def slice_panel(image: Picture, mask: Tensor | None = None, title: str = "", opacity: float = 0.45) -> Figure:
+    """One slice, and beside it the same slice under its coloured tissue mask."""
+    figure = Figure(figsize=(6.4 if mask is not None else 3.2, 3.4), layout="constrained")
+    axes = figure.subplots(1, 1 if mask is None else 2, squeeze=False)[0]
+    _image_axis(axes[0], image, title)
+    if mask is not None:
+        _image_axis(axes[1], image, "tissue mask")
+        classes = np.ma.masked_equal(upright(mask), 0)
+        axes[1].imshow(
+            classes, cmap=ListedColormap(list(TISSUE_COLOURS.values())), vmin=1, vmax=3, alpha=opacity,
+            interpolation="nearest",
+        )  # fmt: skip
+        for tissue, colour in TISSUE_COLOURS.items():
+            axes[1].plot([], [], "s", color=colour, label=TISSUE_NAMES[tissue])
+        axes[1].legend(
+            loc="lower center", ncols=3, fontsize=7, frameon=False, labelcolor="white", handletextpad=0.1
+        )
+    return figure
+
+
+def noising_panel(x0: Tensor, noise: Tensor, schedule, t: int) -> Figure:
+    """A slice at timestep t: the image, its histogram, and where t lies on ᾱ and the SNR."""
+    x_t = schedule.q_sample(x0, t, noise)
+    figure = Figure(figsize=(9.2, 2.7), layout="constrained")
+    picture, histogram, alpha, snr = figure.subplots(1, 4)
+    _image_axis(picture, x_t, f"x_t at t = {t}")
+    edges = np.linspace(-4, 4, 65)
+    histogram.hist(x_t.numpy().ravel(), edges, density=True, color=SKY)
+    grid_ = np.linspace(-4, 4, 161)
+    histogram.plot(grid_, np.exp(-(grid_**2) / 2) / np.sqrt(2 * np.pi), "k--", linewidth=1, label="N(0, 1)")
+    histogram.set(title="pixel values", ylim=(0, 1.2), yticks=[])
+    histogram.legend(fontsize=7, frameon=False)
+    steps = np.arange(schedule.T)
+    for axis, curve, name in ((alpha, schedule.alphas_cumprod, "ᾱ"), (snr, schedule.snr(), "SNR")):
+        axis.plot(steps, curve.numpy(), color=BLUE)
+        axis.plot([t], [float(curve[t])], "o", color=ORANGE)
+        axis.set_title(f"{name} = {float(curve[t]):.3g}", fontsize=9)
+        axis.set_xlabel("t", fontsize=8)
+    snr.set_yscale("log")
+    snr.set_ylim(1e-6, 1e5)
+    for axis in (histogram, alpha, snr):
+        axis.tick_params(labelsize=7)
+        axis.title.set_fontsize(9)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def step_panel(state, T: int) -> Figure:
+    """One step of sampling: x after the step, beside the network's estimate of x_0."""
+    figure = Figure(figsize=(5.4, 3.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    after = "the sample" if state.t_prev < 0 else f"x at t = {state.t_prev}"
+    _image_axis(left, state.x[0] if state.x.ndim == 4 else state.x, after)
+    _image_axis(right, state.x0[0] if state.x0.ndim == 4 else state.x0, f"x₀ as guessed at t = {state.t}")
+    figure.suptitle(f"step from t = {state.t} of T = {T} · synthetic – not for diagnosis", fontsize=8)
+    return figure
+
+
+def png(figure: Figure, dpi: int = 80) -> bytes:
+    """The figure as PNG bytes, the same bytes for the same figure and software."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def film_strip(frames: Sequence[bytes], columns: int) -> bytes:
+    """PNG frames pasted into rows of ``columns``: what a moving picture is where nothing can move."""
+    opened = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames]
+    width, height = max(i.width for i in opened), max(i.height for i in opened)
+    rows = -(-len(opened) // columns)
+    sheet = Image.new("RGB", (width * columns, height * rows), "white")
+    for index, frame in enumerate(opened):
+        sheet.paste(frame, (index % columns * width, index // columns * height))
+    buffer = io.BytesIO()
+    sheet.quantize(128).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def show(figure: Figure, alt: str, dpi: int = 80) -> None:
+    """Put a figure into the notebook, with a text for those who do not see it."""
+    display(
+        {"image/png": png(figure, dpi), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True
+    )
+
+
+def scatter(x, y, xlabel: str, ylabel: str, *, title: str = "", size=(4.6, 3.0)) -> Figure:
+    """One point for each pair of numbers."""
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    axis.plot(np.asarray(x), np.asarray(y), "o", color=BLUE, markersize=5, alpha=0.8)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,407 @@
+"""Training: a loop that yields its state, EMA, mixed precision, checkpoints and resume.
+
+The loop draws nothing and prints nothing; whoever iterates over it decides what to show. All
+randomness of step n comes from (seed, n), so a resumed run repeats the uninterrupted one bit
+for bit on the same machine.
+
+Sources: algorithm 1 of DDPM, Ho et al. 2020 (arXiv 2006.11239), with its EMA; AdamW,
+Loshchilov & Hutter 2019 (arXiv 1711.05101); gradient clipping, Pascanu et al. 2013
+(arXiv 1211.5063); cosine learning rate, Loshchilov & Hutter 2017 (arXiv 1608.03983).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .data import to_unit_range
+from .diffusion import NoiseSchedule, check_prediction, diffusion_loss
+from .unet import UNet
+
+FORMAT = 1  # of weight and checkpoint files
+WEIGHTS = Path(__file__).parent / "weights" / "phantoms-64.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run; stored with the weights, enough to rebuild them.
+
+    ``image_size`` in pixels; the network's settings as in :class:`~oasis_helpers.unet.UNet`;
+    ``T``, ``schedule`` and ``prediction`` as in :mod:`~oasis_helpers.diffusion`; ``lr`` is the
+    peak of a linear warm-up over ``warmup`` steps and a cosine to zero at ``steps``;
+    ``grad_clip`` the largest gradient norm; ``precision`` "fp32", or "bf16" for autocast.
+    """
+
+    image_size: int = 64
+    base_channels: int = 32
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 1
+    attention_levels: tuple[int, ...] = (2,)
+    patch_size: int = 2
+    T: int = 1000
+    schedule: str = "cosine"
+    prediction: str = "v_prediction"
+    steps: int = 200
+    batch_size: int = 16
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("image_size", "T", "steps", "batch_size", "lr", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: give a number in [0, 1).")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {self.precision!r}: choose 'fp32' or 'bf16'.")
+        check_prediction(self.prediction)
+        # JSON has no tuples; a configuration read back must equal the one written.
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        object.__setattr__(self, "attention_levels", tuple(self.attention_levels))
+
+    def make_model(self) -> UNet:
+        """A fresh network; its initial weights depend on ``seed`` alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return UNet(
+                in_channels=1,
+                base_channels=self.base_channels,
+                channel_mult=self.channel_mult,
+                num_res_blocks=self.num_res_blocks,
+                attention_levels=self.attention_levels,
+                patch_size=self.patch_size,
+            )
+
+    def make_schedule(self) -> NoiseSchedule:
+        """The noise schedule named in the configuration."""
+        return NoiseSchedule.named(self.schedule, self.T)
+
+
+PROFILES = {
+    # a taste, in CI and on any laptop: about a minute, blurred heads
+    "quick": TrainConfig(base_channels=16, channel_mult=(1, 2, 4), steps=200, lr=2e-3, ema_decay=0.98),
+    # the weights that ship: under an hour on one CPU core with bf16
+    "laptop": TrainConfig(
+        base_channels=48, channel_mult=(1, 2, 3), steps=4500, lr=2e-3, warmup=200, precision="bf16",
+    ),
+    # a GPU's worth: 128×128, about 20 million parameters
+    "full": TrainConfig(
+        image_size=128, base_channels=64, channel_mult=(1, 2, 3, 4), num_res_blocks=2,
+        attention_levels=(2, 3), steps=100_000, batch_size=64, lr=4e-4, warmup=1000,
+        ema_decay=0.9995, precision="bf16",
+    ),
+}  # fmt: skip
+
+
+def pick_device() -> torch.device:
+    """The fastest device here: CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up to ``config.lr``, then half a cosine down to zero at ``config.steps``."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class EMA:
+    """Exponential moving average of a model's weights; sampling uses ``ema.model``.
+
+    The decay is lowered early, min(decay, (1 + n)/(10 + n)) after n updates, so that the
+    average forgets the random start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """One step: average ← d · average + (1 − d) · weights."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+
+@dataclass
+class TrainState:
+    """What :func:`train` yields after every step; the networks are live, not copies.
+
+    ``step`` counts finished steps from 1; ``loss`` is the batch's mean; ``grad_norm`` is before
+    clipping; ``images_per_second`` counts from this call's first step.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    images_per_second: float
+    model: UNet
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """bf16 autocast where the configuration asks for it, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+
+
+def _step_generator(seed: int, step: int) -> torch.Generator:
+    # Always on the CPU: the same numbers whatever the device.
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    # Far from every step's seed.
+    return torch.Generator().manual_seed((seed << 32) + (1 << 31) + epoch)
+
+
+def _batch_indices(count: int, config: TrainConfig, step: int) -> Tensor:
+    """Which images step ``step`` sees: a fresh shuffle of all of them each epoch."""
+    wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
+    picked, shuffled, epoch_now = [], None, None
+    for position in wanted:
+        epoch, place = divmod(position, count)
+        if epoch != epoch_now:
+            shuffled = torch.randperm(count, generator=_epoch_generator(config.seed, epoch))
+            epoch_now = epoch
+        picked.append(shuffled[place])
+    return torch.stack(picked)
+
+
+def train(
+    config: TrainConfig,
+    slices: Tensor,
+    *,
+    device: torch.device | str | None = None,
+    resume: str | Path | None = None,
+) -> Iterator[TrainState]:
+    """Train a network on ``slices`` and yield a :class:`TrainState` after every step.
+
+    ``slices``: uint8 (N, 1, image_size, image_size) from
+    :func:`~oasis_helpers.data.load_slices`. ``resume`` is a checkpoint file written by
+    :func:`save_checkpoint` of the same configuration (``steps`` may differ). Raises ``ValueError``
+    for images of another size or type, and ``FloatingPointError`` when the loss is no longer a
+    number. Ho et al. 2020, algorithm 1.
+    """
+    if slices.dtype != torch.uint8 or slices.ndim != 4 or slices.shape[1] != 1 or len(slices) == 0:
+        raise ValueError(
+            f"slices is {slices.dtype} of shape {tuple(slices.shape)}: "
+            "give uint8 (N, 1, H, W) from load_slices."
+        )
+    if slices.shape[-2:] != (config.image_size, config.image_size):
+        raise ValueError(
+            f"slices are {slices.shape[-2]}×{slices.shape[-1]}, the configuration says {config.image_size}×"
+            f"{config.image_size}: load them with load_slices(root, {config.image_size})."
+        )
+    device = torch.device(device) if device is not None else pick_device()
+    schedule = config.make_schedule()
+    model = config.make_model().to(device)
+    ema = EMA(model, config.ema_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+    )
+    first = 0 if resume is None else _load_checkpoint(resume, config, model, ema, optimizer)
+
+    started = time.perf_counter()
+    for step in range(first, config.steps):
+        generator = _step_generator(config.seed, step)
+        x0 = to_unit_range(slices[_batch_indices(len(slices), config, step)]).to(device)
+        t = torch.randint(0, config.T, (len(x0),), generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with autocast(config, device):
+            loss = diffusion_loss(model, schedule, x0, t, noise, config.prediction).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}: the weights are still those of step {step}. "
+                "Lower lr, or set precision to 'fp32', and resume from the last checkpoint."
+            )
+        optimizer.step()
+        ema.update(model)
+        rate = (step + 1 - first) * config.batch_size / (time.perf_counter() - started)
+        yield TrainState(step + 1, value, lr, float(grad_norm), rate, model, ema, optimizer, config)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, config: TrainConfig, slices: Tensor, *, buckets: int = 10, seed: int = 0
+) -> Tensor:
+    """Mean loss on ``slices`` in each of ``buckets`` equal ranges of t, shape (buckets,).
+
+    Every slice is noised once in each bucket, with timesteps and noise fixed by ``seed``, so
+    that two networks, or two moments of one, are compared on the same questions.
+    """
+    device = next(model.parameters()).device
+    schedule, losses = config.make_schedule(), []
+    edges = torch.linspace(0, config.T, buckets + 1).round().long()
+    for bucket, (low, high) in enumerate(pairwise(edges.tolist())):
+        generator = _step_generator(seed, bucket)
+        found = []
+        for part in slices.split(64):
+            x0 = to_unit_range(part).to(device)
+            t = torch.randint(low, high, (len(x0),), generator=generator).to(device)
+            noise = torch.randn(x0.shape, generator=generator).to(device)
+            with autocast(config, device):
+                found.append(diffusion_loss(model, schedule, x0, t, noise, config.prediction))
+        losses.append(torch.cat(found).mean())
+    return torch.stack(losses).cpu()
+
+
+# ---- weights and checkpoints ----------------------------------------------------------------
+
+
+def _replace_file(path: Path, write) -> None:
+    """Write beside ``path``, flush to disk, rename: the old file stays whole if anything fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: str | Path, model: UNet, config: TrainConfig, **card: str) -> None:
+    """Write a network and its configuration to one safetensors file, atomically.
+
+    ``card`` adds strings to the file's metadata (data, hardware, commit …).
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": str(FORMAT), "config": json.dumps(asdict(config)), **card}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    _replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_weights(path: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> tuple[UNet, TrainConfig]:
+    """The network (eval mode) and configuration in a file of :func:`save_weights`.
+
+    Without ``path``: the weights that ship, trained on 64×64 phantoms. Raises
+    ``FileNotFoundError``, or ``ValueError`` for a file that is damaged or of another kind.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Train weights first, or leave the path out for those that ship."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Copy or train it again."
+        ) from error
+    config = _read_config(metadata, path)
+    model = config.make_model()
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds weights of another architecture than its configuration says."
+        ) from error
+    return model.to(device).eval(), config
+
+
+def _read_config(metadata: dict[str, str], path: Path) -> TrainConfig:
+    if "config" not in metadata:
+        raise ValueError(f"{path} holds no configuration: it was not written by save_weights.")
+    if int(metadata.get("format", 0)) > FORMAT:
+        raise ValueError(
+            f"{path} has format {metadata['format']}, this version reads {FORMAT}: update oasis_helpers."
+        )
+    return TrainConfig(**json.loads(metadata["config"]))
+
+
+def save_checkpoint(path: str | Path, state: TrainState) -> None:
+    """Everything needed to go on, in one safetensors file, written atomically.
+
+    Weights, EMA, both moments of AdamW, the step and the configuration; the random state
+    needs no place, because step n's randomness comes from (seed, n).
+    """
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in state.ema.model.state_dict().items()}
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    metadata = {
+        "format": str(FORMAT),
+        "config": json.dumps(asdict(state.config)),
+        "step": str(state.step),
+        "ema_updates": str(state.ema.updates),
+    }
+    _replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _load_checkpoint(
+    path: str | Path, config: TrainConfig, model: UNet, ema: EMA, optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore all of a run from ``path``; returns the number of finished steps."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: there is no checkpoint to resume from.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint ({error}). Resume from an older one.") from error
+    stored = _read_config(metadata, path)
+    if "step" not in metadata:
+        raise ValueError(f"{path} holds weights only; resume needs a checkpoint of save_checkpoint.")
+    if replace(stored, steps=config.steps) != config:
+        ours, theirs = asdict(config), asdict(stored)
+        differing = ", ".join(
+            f"{k} {theirs[k]} ≠ {ours[k]}" for k in ours if k != "steps" and ours[k] != theirs[k]
+        )
+        raise ValueError(f"{path} was trained otherwise ({differing}). Use its configuration, or start anew.")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    ema.model.load_state_dict(part("ema."))
+    ema.updates = int(metadata["ema_updates"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in part("optimizer.").items():
+        index, key = name.split(".", 1)
+        moments.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"])

@@ -1,0 +1,108 @@
+"""Live controls: a thin layer of ipywidgets around the drawing functions of :mod:`.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from .plots import film_strip, png
+
+
+class Live(ipywidgets.VBox):
+    """A picture that follows its controls.
+
+    ``draw(**values)`` returns a Figure for the value of each of ``controls``, ipywidgets by
+    name. ``strip`` lists the values of a few frames: they are the film strip shown where no
+    kernel runs (GitHub, HTML). ``alt`` says in words what there is to see. ``play`` names an
+    integer slider that gets a play button.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[..., Figure],
+        alt: str,
+        strip: Sequence[dict],
+        columns: int = 2,
+        play: str | None = None,
+        **controls: ipywidgets.ValueWidget,
+    ):
+        self.draw, self.alt, self.controls = draw, alt, controls
+        self._strip, self._columns = list(strip), columns
+        self._frames: dict[tuple, bytes] = {}  # a slider moved back and forth draws once
+        # Inside a box an image stretches unless it is told where to stay.
+        self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start"))
+        bar = list(controls.values())
+        if play is not None:
+            slider = controls[play]
+            button = ipywidgets.Play(
+                min=slider.min,
+                max=slider.max,
+                step=max(slider.step, (slider.max - slider.min) // 40),
+                interval=250,
+            )
+            ipywidgets.jslink((button, "value"), (slider, "value"))
+            bar.append(button)
+        super().__init__([ipywidgets.HBox(bar), self.image])
+        for control in controls.values():
+            control.observe(self._follow, "value")
+        self._follow()
+
+    @property
+    def values(self) -> dict:
+        """The value of every control, by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def _frame(self, values: dict) -> bytes:
+        key = tuple(values.items())
+        if key not in self._frames:
+            if len(self._frames) > 400:
+                self._frames.clear()
+            self._frames[key] = png(self.draw(**values))
+        return self._frames[key]
+
+    def _follow(self, change=None) -> None:
+        self.image.value = self._frame(self.values)
+
+    def check(self) -> str:
+        """Move every control to its ends and its middle; fail unless the picture follows.
+
+        Errors of the drawing function are raised here, which a callback would swallow. The
+        controls return to where they were. Returns a line that says what was seen.
+        """
+        seen = []
+        for name, control in self.controls.items():
+            before, pictures = control.value, []
+            positions = _positions(control)
+            for position in positions:
+                control.value = position
+                pictures.append(self.image.value)
+            control.value = before
+            if len(set(pictures)) != len(positions):
+                raise AssertionError(
+                    f"control {name!r}: {len(positions)} positions gave "
+                    f"{len(set(pictures))} different pictures."
+                )
+            seen.append(f"{name} at {', '.join(map(str, positions))}")
+        return "the picture follows " + "; ".join(seen)
+
+    def __repr__(self) -> str:
+        return f"Live({', '.join(f'{k}={v!r}' for k, v in self.values.items())})"
+
+    def _repr_mimebundle_(self, **kwargs):
+        bundle = super()._repr_mimebundle_(**kwargs)
+        frames = [self._frame({**self.values, **values}) for values in self._strip]
+        bundle["image/png"] = film_strip(frames, self._columns)
+        bundle["text/plain"] = self.alt
+        return bundle, {"image/png": {"alt": self.alt}}
+
+
+def _positions(control) -> list:
+    if hasattr(control, "options"):
+        values = [o[1] if isinstance(o, tuple) else o for o in control.options]
+        return values if len(values) < 4 else [values[0], values[len(values) // 2], values[-1]]
+    if isinstance(control, ipywidgets.Checkbox | ipywidgets.ToggleButton):
+        return [False, True]
+    middle = control.min + (control.max - control.min) // (2 * control.step) * control.step
+    return [control.min, middle, control.max]

@@ -1,0 +1,149 @@
+"""Run notebooks, store their outputs in one canonical form, and compare pictures.
+
+``python tests/notebook_tools.py [NOTEBOOK …]`` executes the notebooks (default: all) and writes
+the outputs back. An unchanged notebook run again is an empty diff. It is the only way in which
+the committed outputs are made; ``make notebooks`` calls it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import numpy as np
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+CELL_TIMEOUT = 600  # seconds; a dead kernel would otherwise hold the run for long
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+# Compared are means over 4×4 pixels, 0–1. Text drawn by another build of the font library moves
+# single pixels; a changed letter or a curve moved by one per cent is caught.
+RMS_TOLERANCE, MAX_TOLERANCE = 0.02, 0.10
+
+
+def all_notebooks() -> list[Path]:
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def _blocks(png: str) -> np.ndarray:
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    rows, columns = (n // 4 for n in pixels.shape[:2])
+    return pixels[: rows * 4, : columns * 4].reshape(rows, 4, columns, 4, 3).mean(axis=(1, 3))
+
+
+def picture_difference(stored: str, fresh: str) -> str | None:
+    """What differs between two base64 PNGs beyond the tolerances, or None."""
+    a, b = _blocks(stored), _blocks(fresh)
+    if a.shape != b.shape:
+        return f"size {b.shape[1] * 4}×{b.shape[0] * 4} instead of {a.shape[1] * 4}×{a.shape[0] * 4} pixels"
+    rms, largest = float(np.sqrt(((a - b) ** 2).mean())), float(np.abs(a - b).max())
+    if rms > RMS_TOLERANCE or largest > MAX_TOLERANCE:
+        return f"rms {rms:.3f} (at most {RMS_TOLERANCE}), largest {largest:.3f} (at most {MAX_TOLERANCE})"
+    return None
+
+
+def pictures(outputs: list) -> list[str]:
+    """The PNGs of a cell's outputs, base64, in order."""
+    return [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+
+
+def _merge_streams(outputs: list) -> list:
+    merged = []
+    for output in outputs:
+        if (
+            merged
+            and output.output_type == "stream" == merged[-1].output_type
+            and output.name == merged[-1].name
+        ):
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def normalise(notebook, previous=None):
+    """Drop what changes from run to run: widget state, model ids, timing, versions, cell ids.
+
+    A picture that equals the previous one within the tolerances keeps the previous bytes.
+    """
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    count = 0
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number:03d}"
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata.tags} if cell.metadata.get("tags") else {})
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        cell.execution_count = count
+        cell.outputs = _merge_streams(cell.outputs)
+        old = previous.cells[number] if previous and number < len(previous.cells) else None
+        old_pictures = iter(pictures(old.outputs) if old is not None and old.cell_type == "code" else [])
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            if "data" not in output:
+                continue
+            output.data.pop(WIDGET_VIEW, None)
+            if "image/png" in output.data:
+                fresh = output.data["image/png"].strip()
+                stored = next(old_pictures, None)
+                keep = stored is not None and picture_difference(stored, fresh) is None
+                output.data["image/png"] = stored if keep else fresh
+    return notebook
+
+
+def kernel_environment() -> dict[str, str]:
+    """Environment of a notebook under test: one thread, phantoms, no network."""
+    env = {k: v for k, v in os.environ.items() if k != "OASIS_ROOT"}
+    return env | {
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OASIS_TEST": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def execute(path: Path) -> float:
+    """Run one notebook from a fresh kernel and store the outputs; returns seconds."""
+    previous = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
+    started = time.perf_counter()
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute(env=kernel_environment())
+    seconds = time.perf_counter() - started
+    text = nbformat.writes(normalise(notebook, previous)) + "\n"
+    if text != path.read_text(encoding="utf-8"):
+        path.write_text(text, encoding="utf-8")
+    return seconds
+
+
+def main(arguments: list[str]) -> int:
+    paths = [Path(a) for a in arguments] or all_notebooks()
+    with ThreadPoolExecutor(2) as pool:
+        for path, seconds in zip(paths, pool.map(execute, paths)):
+            print(f"{path.name}: {seconds:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

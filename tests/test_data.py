@@ -1,0 +1,249 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from oasis_helpers import data
+from oasis_helpers.data import (
+    OASISDataset,
+    check_dataset,
+    find_data,
+    load_slices,
+    slice_transform,
+    to_unit_range,
+)
+
+SEG_TRAIN = "keras_png_slices_seg_train"
+
+
+@pytest.fixture
+def copy(phantoms, tmp_path):
+    """A copy that a test may spoil, passing for the course set."""
+    root = tmp_path / "set"
+    shutil.copytree(phantoms.root, root)
+    (root / "phantoms.json").unlink()
+    return root
+
+
+def test_the_seed_projects_usage_runs_as_written(phantoms):
+    root_path, transform = phantoms.root, slice_transform(64)
+    for split in ("train", "test", "validate"):
+        dataset = OASISDataset(root=f"{root_path}/keras_png_slices_{split}", transform=transform)
+        batch = next(iter(DataLoader(dataset, batch_size=32, shuffle=True)))
+        assert batch.shape == (len(dataset), 1, 64, 64)
+        assert batch.min() == -1
+        assert 0.5 < batch.max() <= 1
+
+
+def test_order_is_numeric(tmp_path):
+    folder = tmp_path / "keras_png_slices_train"
+    folder.mkdir()
+    for case, index in [(10, 2), (2, 10), (2, 9), (100, 0), (2, 1)]:
+        Image.new("L", (256, 256), 7).save(folder / data.image_name(case, index))
+    (folder / "notes.txt").write_text("not a slice")
+    dataset = OASISDataset(folder)
+    assert list(zip(dataset.case_ids, dataset.slice_ids)) == [(2, 1), (2, 9), (2, 10), (10, 2), (100, 0)]
+    assert isinstance(dataset[0], Image.Image)
+
+
+def test_images_come_with_their_masks(phantoms):
+    dataset = OASISDataset(phantoms.train, slice_transform(32), phantoms.root / SEG_TRAIN)
+    image, mask = dataset[5]
+    assert image.shape == (1, 32, 32)
+    assert mask.shape == (256, 256)
+    assert mask.dtype == torch.long
+    assert mask.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_the_memory_path_equals_the_png_path(phantoms):
+    dataset = OASISDataset(phantoms.train, slice_transform(64))
+    slices = load_slices(phantoms.train, 64)
+    assert slices.dtype == torch.uint8
+    expected = torch.stack(list(dataset))
+    assert float((to_unit_range(slices) - expected).abs().max()) <= 1 / 255 + 1e-6
+    assert torch.equal(load_slices(phantoms.train, 64, cases=1), slices[:4])
+
+
+@pytest.mark.parametrize(
+    "inside", ["", "keras_png_slices_data", "keras_png_slices_data/keras_png_slices_data"]
+)
+def test_find_data_looks_into_the_extra_top_folder(phantoms, tmp_path, inside, monkeypatch):
+    target = tmp_path / "zip" / inside
+    target.mkdir(parents=True)
+    for folder in phantoms.root.iterdir():
+        (target / folder.name).symlink_to(folder)
+    location = find_data(tmp_path / "zip")
+    assert location.train == target / "keras_png_slices_train"
+    assert find_data(location.train).root == target
+    monkeypatch.setenv("OASIS_ROOT", str(tmp_path / "zip"))
+    assert find_data() == location
+    assert str(location) == "phantoms, 4 cases"
+
+
+def test_real_data_is_called_oasis(copy):
+    assert find_data(copy).kind == "oasis"
+    assert str(find_data(copy)) == "OASIS, 4 cases"
+
+
+def test_find_data_makes_phantoms_when_nothing_is_named(monkeypatch, phantoms):
+    from oasis_helpers import phantoms as module
+
+    asked = []
+    monkeypatch.delenv("OASIS_ROOT", raising=False)
+    monkeypatch.setattr(module, "make_phantoms", lambda out: asked.append(out) or phantoms)
+    assert find_data() == phantoms
+    assert asked == [data.phantom_cache()]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "does not exist"), ("empty", "keras_png_slices_train")]
+)
+def test_named_data_is_never_replaced_by_phantoms(tmp_path, monkeypatch, name, message):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("OASIS_ROOT", str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=message):
+        find_data()
+    (tmp_path / "set.zip").write_bytes(b"PK")
+    with pytest.raises(NotADirectoryError, match="Unpack"):
+        find_data(tmp_path / "set.zip")
+
+
+# ---- each way in which a folder can be wrong, with what the learner reads -------------------
+
+
+def _first(root):
+    return root / "keras_png_slices_train" / "case_001_slice_0.nii.png"
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _save(mode, size=(256, 256)):
+    return lambda path: Image.new(mode, size).save(path, format="PNG")
+
+
+SPOILED = {
+    "truncated": (_truncate, OSError, "cannot be read", "corrupt"),
+    "empty file": (lambda p: p.write_bytes(b""), OSError, "cannot be read", "corrupt"),
+    "text": (lambda p: p.write_text("no PNG"), OSError, "cannot be read", "corrupt"),
+    "RGB": (_save("RGB"), ValueError, "mode RGB", "wrong_mode"),
+    "RGBA": (_save("RGBA"), ValueError, "mode RGBA", "wrong_mode"),
+    "palette": (_save("P"), ValueError, "mode P", "wrong_mode"),
+    "16 bit": (_save("I;16"), ValueError, "mode I", "wrong_mode"),
+    "size": (_save("L", (128, 256)), ValueError, "128×256", "wrong_size"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_png_is_named(copy, kind):
+    spoil, error, message, where = SPOILED[kind]
+    spoil(_first(copy))
+    with pytest.raises(error, match=message) as caught:
+        OASISDataset(copy / "keras_png_slices_train")[0]
+    assert "case_001_slice_0.nii.png" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    report = check_dataset(copy)
+    assert not report.ok
+    assert len(getattr(report, where)) == 1
+    assert "case_001_slice_0.nii.png" in getattr(report, where)[0]
+    assert str(copy) not in str(report)
+
+
+def test_a_folder_that_is_missing_or_empty(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"does not exist.*phantoms"):
+        OASISDataset(tmp_path / "no")
+    (tmp_path / "keras_png_slices_train").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no slices"):
+        OASISDataset(tmp_path / "keras_png_slices_train")
+    (tmp_path / "x.zip").write_text("")
+    with pytest.raises(NotADirectoryError, match="Unpack"):
+        OASISDataset(tmp_path / "x.zip")
+    report = check_dataset(tmp_path)
+    assert len(report.missing) == 5  # the other folders
+    assert not report.ok
+
+
+def test_partners_that_are_missing(copy):
+    (copy / SEG_TRAIN / "seg_002_slice_1.nii.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"case_002_slice_1.*has no mask: .*seg_002_slice_1"):
+        OASISDataset(copy / "keras_png_slices_train", label_path=copy / SEG_TRAIN)
+    assert "seg_002_slice_1" in check_dataset(copy).missing[0]
+    (copy / "keras_png_slices_train" / "case_002_slice_1.nii.png").unlink()
+    (copy / "keras_png_slices_train" / "case_001_slice_3.nii.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"seg_001_slice_3.*has no image: .*case_001_slice_3"):
+        OASISDataset(copy / "keras_png_slices_train", label_path=copy / SEG_TRAIN)
+    found = " ".join(check_dataset(copy).missing)
+    assert "case_001_slice_3.nii.png" in found
+    assert "case_002_slice_1.nii.png: a gap" in found
+
+
+def test_a_mask_with_odd_values(copy):
+    Image.new("L", (256, 256), 100).save(copy / SEG_TRAIN / "seg_001_slice_0.nii.png")
+    with pytest.raises(ValueError, match="value 100; masks have 0, 85, 170, 255"):
+        OASISDataset(copy / "keras_png_slices_train", label_path=copy / SEG_TRAIN)[0]
+
+
+def test_a_case_in_two_splits(copy):
+    for k in range(4):
+        for kind, seg in (("case", ""), ("seg", "seg_")):
+            name = f"{kind}_001_slice_{k}.nii.png"
+            shutil.copy(
+                copy / f"keras_png_slices_{seg}train" / name, copy / f"keras_png_slices_{seg}test" / name
+            )
+    report = check_dataset(copy)
+    assert report.leaks == ["case 001 is in train and test: keep it in one split"]
+    assert "split leakage" in str(report)
+
+
+def test_checksums_tell_a_changed_copy(copy, phantoms, monkeypatch):
+    report = check_dataset(copy)
+    assert report.checksums == "altered"  # phantoms under OASIS names
+    assert 1 in report.altered
+    assert not report.ok
+    assert "checksums: altered: cases 1, 2" in str(report)
+    assert check_dataset(phantoms.root).checksums == "not OASIS"
+    # The recipe of the digest, on digests known by hand.
+    known = {}
+    import hashlib
+
+    for prefix, seg in (("case", ""), ("seg", "seg_")):
+        hashes = [
+            hashlib.sha256(
+                (copy / f"keras_png_slices_{seg}train" / f"{prefix}_001_slice_{k}.nii.png").read_bytes()
+            ).hexdigest()
+            for k in range(4)
+        ]
+        known[prefix] = hashes
+    table = [{"case": "1", "images_sha256": "", "masks_sha256": ""}]
+    for prefix, column in (("case", "images_sha256"), ("seg", "masks_sha256")):
+        table[0][column] = hashlib.sha256("\n".join(known[prefix]).encode()).hexdigest()
+    monkeypatch.setattr(data.csv, "DictReader", lambda file: table)
+    only = {1: known}
+    report = data.DatasetReport(copy, "oasis")
+    data._compare_checksums(only, report)
+    assert report.checksums == "unmodified"
+
+
+def test_the_shipped_checksums_cover_the_course_set():
+    import csv
+    from pathlib import Path
+
+    with (Path(data.__file__).parent / "oasis_png_cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    counts = {s: sum(r["split"] == s for r in rows) for s in data.SPLITS}
+    assert counts == {"train": 302, "validate": 35, "test": 17}
+
+
+def test_unknown_split(phantoms):
+    with pytest.raises(ValueError, match="train, validate, test"):
+        phantoms.folder("val")
+
+
+def test_transform_cuts_only_padding(phantoms):
+    image = OASISDataset(phantoms.train)[0]
+    kept = np.asarray(image)[24:232, 24:232]
+    assert kept.sum() == np.asarray(image).sum()

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule, diffusion_loss
+
+NAMES = ("linear", "quadratic", "cosine", "sigmoid")
+schedules = st.builds(NoiseSchedule.named, st.sampled_from(NAMES), st.integers(1, 1200))
+
+
+@given(schedules)
+@settings(max_examples=60, deadline=None)
+def test_betas_lie_in_0_1_and_alphas_cumprod_falls(s):
+    assert s.betas.dtype == torch.float64
+    assert ((s.betas > 0) & (s.betas < 1)).all()
+    assert (s.alphas_cumprod.diff() < 0).all()
+    assert ((s.alphas_cumprod > 0) & (s.alphas_cumprod < 1)).all()
+    assert (s.snr().diff() < 0).all()
+
+
+@given(schedules, st.data(), st.sampled_from(PREDICTIONS), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None)
+def test_predictions_are_undone(s, data, prediction, seed):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.tensor([data.draw(st.integers(0, s.T - 1)) for _ in range(3)])
+    x0, noise = (torch.randn(3, 1, 4, 4, generator=generator, dtype=torch.float64) for _ in "ab")
+    x_t = s.q_sample(x0, t, noise)
+    output = s.target(x0, noise, t, prediction)
+    # Dividing by the smallest √ᾱ or √(1−ᾱ) multiplies the rounding error.
+    worst = 1 / min(float(s.alphas_cumprod[t].min().sqrt()), float((1 - s.alphas_cumprod[t]).min().sqrt()))
+    torch.testing.assert_close(s.predict_x0(x_t, t, output, prediction), x0, atol=1e-12 * worst, rtol=0)
+    torch.testing.assert_close(s.predict_noise(x_t, t, output, prediction), noise, atol=1e-12 * worst, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_closed_form_is_the_iterated_chain(name):
+    s = NoiseSchedule.named(name, 50)
+    mean, variance = 1.0, 0.0  # of x_t when x_0 = 1
+    for t, beta in enumerate(s.betas.tolist()):
+        mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
+        one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+        assert float(s.q_sample(one, t, zero)) == pytest.approx(mean, rel=1e-10)
+        assert float(s.q_sample(zero, t, one)) ** 2 == pytest.approx(variance, rel=1e-10)
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_posterior_is_bayes_rule(t):
+    s = NoiseSchedule.linear()
+    x0, x_t = torch.tensor([[0.3]], dtype=torch.float64), torch.tensor([[-0.8]], dtype=torch.float64)
+    mean, variance = s.q_posterior(x0, x_t, t)
+    if t == 0:
+        assert float(mean) == pytest.approx(0.3, abs=1e-12)
+        assert float(variance) == 0
+        return
+    prior_mean = s.alphas_cumprod[t - 1].sqrt() * 0.3
+    prior_precision = 1 / (1 - s.alphas_cumprod[t - 1])
+    likelihood_precision = s.alphas[t] / s.betas[t]
+    precision = prior_precision + likelihood_precision
+    expected = (prior_mean * prior_precision + s.alphas[t].sqrt() * -0.8 / s.betas[t]) / precision
+    assert float(mean) == pytest.approx(float(expected), rel=1e-9)
+    assert float(variance) == pytest.approx(float(1 / precision), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("linear", "linear"), ("quadratic", "scaled_linear"), ("cosine", "squaredcos_cap_v2")],
+)
+def test_schedules_equal_diffusers(ours, theirs):
+    from diffusers import DDPMScheduler
+
+    reference = DDPMScheduler(1000, beta_schedule=theirs, beta_start=1e-4, beta_end=0.02).alphas_cumprod
+    torch.testing.assert_close(
+        NoiseSchedule.named(ours, 1000).alphas_cumprod.float(), reference, atol=1e-5, rtol=0
+    )
+
+
+def test_first_step_is_already_noisy():
+    s = NoiseSchedule.linear()
+    assert float(s.alphas_cumprod[0]) == pytest.approx(1 - 1e-4)
+
+
+def test_integer_and_batch_timesteps_agree():
+    s = NoiseSchedule.cosine(10)
+    x, noise = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 0.5)
+    assert torch.equal(s.q_sample(x, 3, noise), s.q_sample(x, torch.tensor([3, 3]), noise))
+    assert s.q_sample(x, 3, noise).dtype == torch.float32
+
+
+def test_loss_of_a_zero_output_is_the_mean_square_of_the_noise():
+    s = NoiseSchedule.cosine(10)
+    x, noise, t = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 2.0), torch.tensor([0, 9])
+    loss = diffusion_loss(lambda x, t, y: torch.zeros_like(x), s, x, t, noise)
+    assert loss.tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, x: s.q_sample(x, 10, x), "0 … 9"),
+        (lambda s, x: s.q_sample(x, -1, x), "0 … 9"),
+        (lambda s, x: s.q_sample(x, torch.tensor([1, 2, 3]), x), "batch of 2"),
+        (lambda s, x: s.target(x, x, 1, "noise"), "v_prediction"),
+        (lambda s, x: s.predict_x0(x, 1, x, "noise"), "v_prediction"),
+        (lambda s, x: NoiseSchedule(torch.tensor([0.1, 1.5])), r"betas\[1\] is 1.5"),
+        (lambda s, x: NoiseSchedule(torch.zeros(2, 2)), "shape"),
+        (lambda s, x: NoiseSchedule.linear(0), "at least one step"),
+        (lambda s, x: NoiseSchedule.named("exponential", 10), "cosine"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(NoiseSchedule.cosine(10), torch.zeros(2, 1, 2, 2))
+
+
+def test_float_timesteps_are_refused():
+    with pytest.raises(TypeError, match="integers"):
+        NoiseSchedule.cosine(10).q_sample(torch.zeros(1, 1), torch.tensor([0.5]), torch.zeros(1, 1))
+
+
+def test_repr_names_the_schedule():
+    assert repr(NoiseSchedule.cosine(10)) == "NoiseSchedule.cosine(T=10)"

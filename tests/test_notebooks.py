@@ -1,0 +1,215 @@
+"""The shape of the notebooks, and a check that the strict comparison catches planted faults."""
+
+import copy
+import re
+import statistics
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from notebook_tools import ROOT, WIDGET_VIEW, all_notebooks, normalise, picture_difference, pictures
+
+ALL = {path.stem: nbformat.read(path, as_version=4) for path in all_notebooks()}
+
+
+def _code(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def _text(notebook):
+    return [c for c in notebook.cells if c.cell_type == "markdown"]
+
+
+def _lines(cell):
+    return len([line for line in cell.source.splitlines() if line.strip()])
+
+
+def test_the_series_is_complete():
+    assert list(ALL) == [
+        "01_data_exploration",
+        "02_forward_noising",
+        "03_unet",
+        "04_gpu_training",
+        "05_reverse_sampling",
+    ]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_rhythm(name, capsys):
+    notebook = ALL[name]
+    code, text = _code(notebook), _text(notebook)
+    lines = [_lines(c) for c in code]
+    words = sum(len(c.source.split()) for c in text) / sum(lines)
+    size = (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size / 1e6
+    short = sum(n <= 10 for n in lines) / len(lines)
+    with capsys.disabled():
+        print(
+            f"\n{name}: {len(code)} code and {len(text)} text cells; "
+            f"code lines mean {statistics.mean(lines):.1f} "
+            f"median {statistics.median(lines):.0f} most {max(lines)}; {short:.0%} short; "
+            f"{words:.1f} words a code line; {size:.2f} MB"
+        )
+    assert 36 <= len(code) + len(text) <= 75
+    assert statistics.mean(lines) <= 9
+    assert statistics.median(lines) <= 7
+    assert max(lines) <= 30
+    assert short >= 0.7
+    assert 0.95 <= len(text) / len(code) <= 1.7
+    assert size < 1.5
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_are_stored_whole(name):
+    for number, cell in enumerate(_code(ALL[name]), 1):
+        assert cell.execution_count == number, "not run from top to bottom: make notebooks"
+        tags = cell.metadata.get("tags", [])
+        assert set(tags) <= {"raises-exception"}, "no cell is skipped or left uncompared"
+        for output in cell.outputs:
+            assert output.output_type != "error" or "raises-exception" in tags
+            assert output.get("name") != "stderr", output.get("text")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_are_canonical(name):
+    again = normalise(copy.deepcopy(ALL[name]))
+    assert nbformat.writes(again) == nbformat.writes(ALL[name])
+    whole = nbformat.writes(ALL[name])
+    assert WIDGET_VIEW not in whole
+    assert "widgets" not in ALL[name].metadata
+    assert not re.search(r"<[^>\n]* at 0x[0-9a-f]+>", whole)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_picture_has_words(name):
+    found = [o for c in _code(ALL[name]) for o in c.outputs if "image/png" in o.get("data", {})]
+    assert len(found) >= 5
+    for output in found:
+        alt = output.metadata.get("image/png", {}).get("alt", "")
+        assert len(alt) >= 20, output.data.get("text/plain")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_teaches_as_promised(name):
+    notebook = ALL[name]
+    text = "\n".join(c.source for c in _text(notebook))
+    assert notebook.cells[0].source.startswith(f"# {int(name[:2])} · ")
+    for heading in ("Break it", "Summary", "Why these choices", "References"):
+        assert re.search(rf"^## .*{heading}", text, re.M), heading
+    assert "**Try it" in text
+    code = "\n".join(c.source for c in _code(notebook))
+    assert "Live(" in code
+    assert code.count(".check()") >= code.count("Live("), "every control is driven once"
+    assert not re.search(r"\b(plt|pyplot|clear_output|interact|\.cuda\(\))", code)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_equation_is_followed_by_code(name):
+    cells = ALL[name].cells
+    for number, cell in enumerate(cells):
+        if cell.cell_type == "markdown" and "$$" in cell.source:
+            following = cells[number + 1 : number + 4]
+            assert any(c.cell_type == "code" for c in following), cell.source[:80]
+
+
+# ---- are faults caught? ---------------------------------------------------------------------
+
+SOUND = """
+import ipywidgets, numpy as np
+from matplotlib.figure import Figure
+from oasis_helpers import plots, widgets
+rng = np.random.default_rng(0)
+print(round(float(rng.normal()), 3))
+#---
+figure = plots.lines({"loss": (range(50), 1 / np.arange(1, 51))}, "step", "loss", title="loss")
+plots.show(figure, alt="a curve that falls")
+#---
+image = np.outer(np.arange(8), np.arange(8)) / 49
+figure = Figure(figsize=(2, 2)); axis = figure.subplots(); axis.imshow(image, cmap="gray")
+plots.show(figure, alt="a grey ramp")
+#---
+def draw(t):
+    figure = Figure(figsize=(2, 1)); figure.text(0.1, 0.4, f"t = {t}", fontsize=20)
+    return figure
+live = widgets.Live(draw, "a number", [{"t": 0}], t=ipywidgets.IntSlider(3, 0, 9))
+live
+#---
+print(live.check())
+"""
+
+FAULTS = {
+    "another seed": ("default_rng(0)", "default_rng(1)"),
+    "a dropped figure": ('plots.show(figure, alt="a grey ramp")', ""),
+    "a changed colour map": ('cmap="gray"', 'cmap="viridis"'),
+    "one letter of a title": ('title="loss"', 'title="lost"'),
+    "a curve moved": ("1 / np.arange(1, 51)", "1.05 / np.arange(1, 51)"),
+    "an error at one end of the slider": (
+        "    figure = Figure(figsize=(2, 1))",
+        "    assert t < 9\n    figure = Figure(figsize=(2, 1))",
+    ),
+    "a control that does nothing": ('f"t = {t}"', '"t = 3"'),
+    "a film strip of another moment": ('[{"t": 0}]', '[{"t": 8}]'),
+}
+
+
+def _notebook(source):
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(part.strip()) for part in source.split("#---")]
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The sound notebook with its outputs, in a folder that has our conftest."""
+    from notebook_tools import execute
+
+    folder = tmp_path_factory.mktemp("faults")
+    path = folder / "sound.ipynb"
+    nbformat.write(_notebook(SOUND), path)
+    execute(path)
+    return nbformat.read(path, as_version=4)
+
+
+def _nbval(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "conftest", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_planted_faults_are_caught(stored, tmp_path):
+    nbformat.write(stored, tmp_path / "sound.ipynb")
+    for number, (old, new) in enumerate(FAULTS.values()):
+        assert SOUND.count(old) == 1
+        faulty = copy.deepcopy(stored)
+        for cell in faulty.cells:
+            cell.source = cell.source.replace(old, new)
+        nbformat.write(faulty, tmp_path / f"fault{number}.ipynb")
+    result = _nbval(tmp_path)
+    failed = set(re.findall(r"FAILED \S*?(\w+)\.ipynb", result.stdout))
+    missed = [name for number, name in enumerate(FAULTS) if f"fault{number}" not in failed]
+    assert missed == [], result.stdout[-3000:]
+    assert "sound" not in failed, result.stdout[-3000:]
+
+
+def test_an_unchanged_run_is_an_empty_diff(stored, tmp_path):
+    from notebook_tools import execute
+
+    path = tmp_path / "sound.ipynb"
+    nbformat.write(stored, path)
+    before = path.read_bytes()
+    execute(path)
+    assert path.read_bytes() == before
+
+
+def test_small_differences_of_drawing_are_tolerated(stored):
+    picture = pictures(stored.cells[1].outputs)[0]
+    assert picture_difference(picture, picture) is None

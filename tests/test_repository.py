@@ -1,0 +1,91 @@
+"""What the repository promises besides code: one list of packages, notices, no machine's path."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOWEST = {
+    "torch": "2.0.1",
+    "numpy": "1.24.3",
+    "pillow": "10.0.0",
+    "torchvision": "0.15.2",
+    "matplotlib": "3.7.2",
+}
+
+
+def _files():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def _requirements():
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+def test_environment_yml_installs_the_list_of_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *from_conda, pip = environment["dependencies"]
+    assert from_conda == [f"python{PROJECT['requires-python']}", "pip"]
+    assert pip == {"pip": ["-e .[test,lint]"]}
+
+
+def test_the_given_packages_are_required_and_not_held_too_low():
+    direct = {Requirement(line).name: Requirement(line) for line in PROJECT["dependencies"]}
+    given = {"torch", "torchvision", "numpy", "pillow", "matplotlib", "jupyterlab", "ipywidgets", "nbval"}
+    assert given <= set(direct)
+    for name, version in LOWEST.items():
+        assert str(direct[name].specifier) == f">={version}"
+
+
+def test_constraints_fix_every_package_within_its_range():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    fixed = dict(line.split("==") for line in lines)
+    fixed = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in fixed.items()}
+    for requirement in _requirements():
+        if requirement.name == "playwright":  # for looking at notebooks in a browser, not for tests
+            continue
+        assert requirement.specifier.contains(fixed[requirement.name]), requirement
+
+
+def test_notices_travel_along():
+    assert "MIT License" in (ROOT / "LICENSE").read_text()
+    assert "Copyright (C) 1993-2004 Louis Collins" in (ROOT / "oasis_helpers" / "NOTICE-ICBM.txt").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for words in ("not for diagnosis", "P50 AG05681", "NOTICE-ICBM.txt", "make lab", "make test"):
+        assert words in readme
+
+
+def test_no_machines_path_and_no_slices():
+    # A slice in the repository could be a patient's; phantoms are made, not stored.
+    path = re.compile(r"(?<![\w.])/(?:home|root|Users|work|farm)/\w|/tmp/\w|C:\\\\Users")
+    for file in _files():
+        assert not re.search(r"(case|seg)_\d+_slice_\d+.*\.png$", file.name)
+        if file.suffix in {".png", ".safetensors"} or file == Path(__file__):
+            continue
+        found = path.search(file.read_text(encoding="utf-8"))
+        assert not found, f"{file.relative_to(ROOT)}: {found}"
+
+
+def test_links_of_the_readme_and_notebooks_lead_somewhere():
+    for file in [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
+        for target in re.findall(
+            r"\]\((?!https?:|#|mailto:)([^)#\s\\\"]+)", file.read_text(encoding="utf-8")
+        ):
+            assert (file.parent / target).exists(), f"{file.name} links to {target}"
+
+
+def test_ci_runs_the_command_of_the_readme():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()

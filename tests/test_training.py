@@ -1,0 +1,229 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from oasis_helpers import training
+from oasis_helpers.training import (
+    EMA,
+    PROFILES,
+    TrainConfig,
+    learning_rate,
+    load_weights,
+    pick_device,
+    save_checkpoint,
+    save_weights,
+    train,
+    validation_loss,
+)
+from oasis_helpers.unet import count_parameters
+
+TINY = TrainConfig(
+    image_size=16, base_channels=8, channel_mult=(1, 2), attention_levels=(1,), T=50,
+    steps=6, batch_size=4, warmup=2, ema_decay=0.9,
+)  # fmt: skip
+SLICES = torch.randint(0, 256, (10, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def _run(config=TINY, **settings):
+    return list(train(config, SLICES, device="cpu", **settings))
+
+
+def _weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_it_learns_and_reports():
+    config = replace(TINY, steps=60, lr=5e-3, prediction="epsilon")
+    states = _run(config)
+    assert [s.step for s in states] == list(range(1, 61))
+    first, last = (sum(s.loss for s in part) / 10 for part in (states[:10], states[-10:]))
+    assert last < 0.9 * first
+    assert states[0].lr == learning_rate(0, config)
+    assert all(s.grad_norm > 0 and s.images_per_second > 0 for s in states)
+
+
+def test_the_seed_decides_and_global_state_is_left_alone():
+    before = torch.random.get_rng_state()
+    a, b = _run()[-1], _run()[-1]
+    assert torch.equal(_weights(a.model), _weights(b.model))
+    assert torch.equal(before, torch.random.get_rng_state())
+    other = _run(replace(TINY, seed=1))[-1]
+    assert not torch.equal(_weights(a.model), _weights(other.model))
+
+
+def test_every_image_is_seen_once_an_epoch():
+    seen = torch.cat([training._batch_indices(10, TINY, step) for step in range(5)])  # 20 = two epochs
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_resume_is_bit_equal(tmp_path, prediction):
+    config = replace(TINY, prediction=prediction)
+    straight = _run(config)[-1]
+    for state in train(config, SLICES, device="cpu"):
+        if state.step == 3:
+            save_checkpoint(tmp_path / "c.safetensors", state)
+            break
+    resumed = _run(config, resume=tmp_path / "c.safetensors")
+    assert [s.step for s in resumed] == [4, 5, 6]
+    assert torch.equal(_weights(resumed[-1].model), _weights(straight.model))
+    assert torch.equal(_weights(resumed[-1].ema.model), _weights(straight.ema.model))
+    assert resumed[-1].loss == straight.loss
+
+
+def test_weights_come_back_with_their_configuration(tmp_path):
+    state = _run()[-1]
+    save_weights(tmp_path / "new" / "w.safetensors", state.ema.model, TINY, data="noise")
+    model, config = load_weights(tmp_path / "new" / "w.safetensors")
+    assert config == TINY
+    assert torch.equal(_weights(model), _weights(state.ema.model))
+    assert not model.training
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["w.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, TINY.make_model(), TINY)
+    before = path.read_bytes()
+
+    def full_disk(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(training, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_weights(path, TINY.make_model(), TINY)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_ema_is_the_average_it_says():
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    expected = 1.0
+    for n in range(5):
+        ema.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * 3.0
+        assert float(ema.model.weight.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rate_rises_and_falls_to_zero():
+    config = replace(TINY, steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[0] == 0.1
+    assert rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0)
+
+
+def test_gradients_are_clipped(monkeypatch):
+    seen = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        norm = original(parameters, limit)
+        seen.append(float(torch.cat([p.grad.flatten() for p in parameters]).norm()))
+        return norm
+
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", spy)
+    states = _run(replace(TINY, grad_clip=1e-3))
+    assert max(seen) <= 1e-3 * 1.001
+    assert max(s.grad_norm for s in states) > 1e-3
+
+
+def test_validation_buckets_are_ordered_and_repeatable():
+    model = TINY.make_model()
+    config = replace(TINY, prediction="epsilon")
+    losses = validation_loss(model, config, SLICES, buckets=5)
+    assert losses.shape == (5,)
+    torch.testing.assert_close(losses, torch.ones(5), atol=0.2, rtol=0)  # a fresh network outputs 0
+    assert torch.equal(losses, validation_loss(model, config, SLICES, buckets=5))
+
+
+def test_bf16_stays_near_fp32():
+    a, b = _run(replace(TINY, precision="bf16")), _run()
+    assert a[0].loss == pytest.approx(b[0].loss, rel=0.02)
+    assert next(a[-1].model.parameters()).dtype == torch.float32
+
+
+def test_a_loss_that_explodes_is_reported():
+    with pytest.raises(FloatingPointError, match="at step"):
+        _run(replace(TINY, lr=1e30, warmup=0, steps=20))
+
+
+def test_shipped_weights_fit_their_profile():
+    model, config = load_weights()
+    assert config == PROFILES["laptop"]
+    assert training.WEIGHTS.stat().st_size < 20e6
+    assert 15e6 < count_parameters(PROFILES["full"].make_model()) < 25e6
+    assert count_parameters(model) < 5e6
+
+
+def test_device_is_one_that_works():
+    assert torch.ones(1, device=pick_device()).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"precision": "fp16"}, "'fp32' or 'bf16'"),
+        ({"prediction": "noise"}, "v_prediction"),
+    ],
+)
+def test_configuration_mistakes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+def test_wrong_images_are_named():
+    with pytest.raises(ValueError, match="load_slices\\(root, 16\\)"):
+        next(train(TINY, torch.zeros(4, 1, 32, 32, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="uint8"):
+        next(train(TINY, torch.zeros(4, 1, 16, 16)))
+
+
+def test_wrong_files_are_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(FileNotFoundError, match="Train weights first"):
+        load_weights(path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        _run(resume=path)
+    save_weights(path, TINY.make_model(), TINY)
+    with pytest.raises(ValueError, match="weights only"):
+        _run(resume=path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"not safetensors at all", whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a whole"):
+            load_weights(path)
+        with pytest.raises(ValueError, match="not a whole"):
+            _run(resume=path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no configuration"):
+        load_weights(path)
+    config = json.dumps(asdict(TINY))
+    save_file({"a": torch.zeros(1)}, path, {"config": config, "format": "1"})
+    with pytest.raises(ValueError, match="another architecture"):
+        load_weights(path)
+    save_file({"a": torch.zeros(1)}, path, {"config": config, "format": "99"})
+    with pytest.raises(ValueError, match="update oasis_helpers"):
+        load_weights(path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    state = next(train(TINY, SLICES, device="cpu"))
+    save_checkpoint(tmp_path / "c", state)
+    with pytest.raises(ValueError, match=r"lr 0.001 ≠ 0.5"):
+        _run(replace(TINY, lr=0.5), resume=tmp_path / "c")
