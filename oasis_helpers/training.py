@@ -100,7 +100,7 @@ PROFILES = {
     "quick": TrainConfig(base_channels=16, channel_mult=(1, 2, 4), steps=200, lr=2e-3, ema_decay=0.98),
     # the weights that ship: under an hour on one CPU core with bf16
     "laptop": TrainConfig(
-        base_channels=48, channel_mult=(1, 2, 3), steps=4500, lr=2e-3, warmup=200, precision="bf16",
+        base_channels=48, channel_mult=(1, 2, 3), steps=3500, lr=2e-3, warmup=200, precision="bf16",
     ),
     # a GPU's worth: 128×128, about 20 million parameters
     "full": TrainConfig(
