@@ -46,7 +46,9 @@ def upright(image: Picture) -> np.ndarray:
 
 def _image_axis(axis, image: Picture, title: str = "") -> None:
     axis.imshow(upright(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_axis_off()
+    # Not set_axis_off(): the layout would leave no room for the title.
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
     if title:
         axis.set_title(title, fontsize=9)
 
@@ -66,9 +68,10 @@ def grid(
     )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for index, axis in enumerate(axes):
-        axis.set_axis_off()
         if index < len(images):
             _image_axis(axis, images[index], titles[index] if index < len(titles) else "")
+        else:
+            axis.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -132,7 +135,7 @@ def histograms(
 
 def slice_panel(image: Picture, mask: Tensor | None = None, title: str = "", opacity: float = 0.45) -> Figure:
     """One slice, and beside it the same slice under its coloured tissue mask."""
-    figure = Figure(figsize=(6.4 if mask is not None else 3.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(6.4 if mask is not None else 3.2, 3.5), layout="constrained")
     axes = figure.subplots(1, 1 if mask is None else 2, squeeze=False)[0]
     _image_axis(axes[0], image, title)
     if mask is not None:
@@ -222,4 +225,34 @@ def scatter(x, y, xlabel: str, ylabel: str, *, title: str = "", size=(4.6, 3.0))
     axis.plot(np.asarray(x), np.asarray(y), "o", color=BLUE, markersize=5, alpha=0.8)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def heatmap(
+    arrays: np.ndarray | Mapping[str, np.ndarray],
+    xlabel: str,
+    ylabel: str,
+    *,
+    title: str = "",
+    size: tuple[float, float] = (5.0, 3.2),
+) -> Figure:
+    """Numbers as colours (viridis) with a colour bar; a mapping gives named panels on one scale.
+
+    Rows of an array run down the picture as they are stored. ``size`` is that of one panel.
+    """
+    panels = {"": arrays} if not isinstance(arrays, Mapping) else arrays
+    panels = {name: np.asarray(array) for name, array in panels.items()}
+    figure = Figure(figsize=(size[0] * len(panels), size[1]), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    low, high = min(a.min() for a in panels.values()), max(a.max() for a in panels.values())
+    for axis, (name, array) in zip(axes, panels.items()):
+        drawn = axis.imshow(
+            array, cmap="viridis", vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+        )
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    figure.colorbar(drawn, ax=list(axes))
+    if title:
+        figure.suptitle(title, fontsize=10)
     return figure
