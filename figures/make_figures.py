@@ -1,4 +1,4 @@
-"""Draw the pictures of figures/ again: ``make figures``. Seeds, data and hardware are in README.md beside it."""
+"""Draw the pictures of figures/ again: ``make figures``. Seeds and hardware: README.md beside it."""
 
 from pathlib import Path
 

@@ -256,3 +256,20 @@ def heatmap(
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
+
+
+def progress_panel(
+    steps: Sequence[int], losses: Sequence[float], samples: Sequence[Picture], step: int
+) -> Figure:
+    """The training loss so far, and beside it up to four samples made at ``step``."""
+    figure = Figure(figsize=(6.8, 2.7), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axis = left.subplots()
+    axis.plot(steps, losses, color=BLUE, linewidth=1.2, marker="." if len(steps) < 3 else "")
+    axis.set(xlabel="step", ylabel="loss", yscale="log", title=f"after step {step}")
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(samples):
+        right.suptitle("synthetic – not for diagnosis", fontsize=8)
+        for panel, image in zip(right.subplots(2, 2).ravel(), samples):
+            _image_axis(panel, image)
+    return figure

@@ -96,7 +96,7 @@ class TrainConfig:
 
 
 PROFILES = {
-    # a taste, in CI and on any laptop: about a minute, blurred heads
+    # a taste, in CI and on any laptop: about a minute, not yet heads
     "quick": TrainConfig(base_channels=16, channel_mult=(1, 2, 4), steps=200, lr=2e-3, ema_decay=0.98),
     # the weights that ship: under an hour on one CPU core with bf16
     "laptop": TrainConfig(

@@ -106,3 +106,22 @@ def _positions(control) -> list:
         return [False, True]
     middle = control.min + (control.max - control.min) // (2 * control.step) * control.step
     return [control.min, middle, control.max]
+
+
+class Screen(ipywidgets.Image):
+    """A picture that a running loop redraws. Where no kernel runs, only its text remains."""
+
+    def __init__(self, alt: str):
+        self.alt = alt
+        super().__init__(format="png", value=png(Figure(figsize=(6.8, 2.7))))
+        self.layout = ipywidgets.Layout(align_self="flex-start", max_width="100%")
+
+    def draw(self, figure: Figure) -> None:
+        """Show ``figure`` from now on."""
+        self.value = png(figure)
+
+    def __repr__(self) -> str:
+        return f"Screen({self.alt!r})"
+
+    def _repr_mimebundle_(self, **kwargs):
+        return {**super()._repr_mimebundle_(**kwargs), "text/plain": self.alt}

@@ -10,7 +10,7 @@ from PIL import Image
 from oasis_helpers import plots
 from oasis_helpers.diffusion import NoiseSchedule
 from oasis_helpers.sampling import SampleState
-from oasis_helpers.widgets import Live
+from oasis_helpers.widgets import Live, Screen
 
 
 def _pixels(figure):
@@ -135,3 +135,12 @@ def test_without_a_kernel_the_film_strip_stands_in():
     assert "application/vnd.jupyter.widget-view+json" in bundle
     assert Image.open(io.BytesIO(bundle["image/png"])).width == 160
     assert repr(live) == "Live(t=2)"
+
+
+def test_a_screen_shows_what_was_drawn_last():
+    screen = Screen("the loss, redrawn")
+    empty = screen.value
+    screen.draw(plots.progress_panel([1, 2], [1.0, 0.5], torch.zeros(4, 1, 8, 8), 2))
+    assert screen.value != empty
+    assert screen._repr_mimebundle_()["text/plain"] == "the loss, redrawn"
+    assert repr(screen) == "Screen('the loss, redrawn')"
