@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,41 +24,18 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from tqdm.auto import tqdm
 
-DATASET_FOLDER = "keras_png_slices"
-SPLITS = ("train", "validate", "test")
-SIDE = 256
+from .layout import (
+    DATASET_FOLDER,
+    SIDE,
+    SPLITS,
+    DataLocation,
+    image_name,
+    mask_name,
+    slices_in,
+)
+
 MASK_VALUES = (0, 85, 170, 255)
 TISSUES = ("background", "CSF", "grey matter", "white matter")
-
-_NAME = re.compile(r"^(case|seg)_(\d+)_slice_(\d+)(?:\.nii)?\.png$", re.IGNORECASE)
-
-
-def image_name(case: int, index: int) -> str:
-    """File name of an image, as the course set writes it."""
-    return f"case_{case:03d}_slice_{index}.nii.png"
-
-
-def mask_name(case: int, index: int) -> str:
-    """File name of a mask, as the course set writes it."""
-    return f"seg_{case:03d}_slice_{index}.nii.png"
-
-
-def _slices_in(folder: Path, prefix: str) -> dict[tuple[int, int], Path]:
-    """Every file of one kind in ``folder`` by (case, slice), in numeric order."""
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"{folder} does not exist. Give one split folder, such as …/{DATASET_FOLDER}_train, "
-            "or run `python -m oasis_helpers phantoms OUT` to make a set."
-        )
-    if not folder.is_dir():
-        hint = " Unpack the archive first." if folder.suffix == ".zip" else ""
-        raise NotADirectoryError(f"{folder} is a file, not a folder of slices.{hint}")
-    found = {}
-    for path in folder.iterdir():
-        match = _NAME.match(path.name)
-        if match and match[1].lower() == prefix:
-            found[int(match[2]), int(match[3])] = path
-    return dict(sorted(found.items()))
 
 
 def _open_checked(path: Path) -> Image.Image:
@@ -106,7 +82,7 @@ class OASISDataset(Dataset):
         self.root = Path(root).expanduser()
         self.transform = transform
         self.label_path = None if label_path is None else Path(label_path).expanduser()
-        images = _slices_in(self.root, "case")
+        images = slices_in(self.root, "case")
         if not images:
             raise FileNotFoundError(
                 f"{self.root} holds no slices: no file is named like {image_name(1, 0)}. "
@@ -117,7 +93,7 @@ class OASISDataset(Dataset):
         self.slice_ids = [index for _, index in images]
         self.mask_paths = None
         if self.label_path is not None:
-            masks = _slices_in(self.label_path, "seg")
+            masks = slices_in(self.label_path, "seg")
             if without := [key for key in images if key not in masks]:
                 raise FileNotFoundError(
                     f"{images[without[0]]} has no mask: {self.label_path / mask_name(*without[0])} is missing"
@@ -200,40 +176,6 @@ def to_unit_range(slices: Tensor) -> Tensor:
 
 
 # ---- where the data is ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataLocation:
-    """A data set on disk: ``root`` holds the six folders; ``kind`` is "oasis" or "phantoms"."""
-
-    root: Path
-    kind: str
-
-    def folder(self, split: str, masks: bool = False) -> Path:
-        """The folder of one split's images, or of its masks."""
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}.")
-        return self.root / f"{DATASET_FOLDER}{'_seg' if masks else ''}_{split}"
-
-    @property
-    def train(self) -> Path:
-        return self.folder("train")
-
-    @property
-    def validate(self) -> Path:
-        return self.folder("validate")
-
-    @property
-    def test(self) -> Path:
-        return self.folder("test")
-
-    def __str__(self) -> str:
-        cases = sum(
-            len({case for case, _ in _slices_in(self.folder(split), "case")})
-            for split in SPLITS
-            if self.folder(split).is_dir()
-        )
-        return f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}, {cases} cases"
 
 
 def _locate(root: Path) -> DataLocation:
@@ -356,7 +298,7 @@ def check_dataset(root: str | Path) -> DatasetReport:
                 report.missing.append(f"folder {folder.name}: unpack the archive again")
                 found[prefix] = {}
             else:
-                found[prefix] = _slices_in(folder, prefix)
+                found[prefix] = slices_in(folder, prefix)
         images, masks = found["case"], found["seg"]
         per_case = Counter(case for case, _ in images)
         report.counts[split] = (len(images), len(per_case))

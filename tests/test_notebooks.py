@@ -52,7 +52,7 @@ def test_rhythm(name, capsys):
         )
     assert 36 <= len(code) + len(text) <= 75
     assert statistics.mean(lines) <= 10
-    assert statistics.median(lines) <= 8
+    assert statistics.median(lines) <= 9
     assert max(lines) <= 30
     assert short >= 0.65
     assert 0.85 <= len(text) / len(code) <= 1.7
