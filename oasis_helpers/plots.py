@@ -273,25 +273,3 @@ def progress_panel(
         for panel, image in zip(right.subplots(2, 2).ravel(), samples):
             _image_axis(panel, image)
     return figure
-
-
-def training_panel(losses: Sequence[float], steps: int, rows: Mapping[str, Tensor]) -> Figure:
-    """The loss of the steps so far, on an axis of ``steps``, beside rows of pictures by title."""
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
-    axis = left.subplots()
-    done = np.arange(1, len(losses) + 1)
-    axis.plot(done, np.asarray(losses), color=SKY, linewidth=1, label="each step")
-    mean = [np.mean(losses[max(0, n - 20) : n]) for n in done]
-    axis.plot(done, mean, color=BLUE, linewidth=2, label="mean of the last 20")
-    axis.set(xlabel="step", ylabel="loss", xlim=(0, steps), ylim=(0.1, 1.2), yscale="log")
-    axis.set_yticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
-    axis.set_title(f"step {len(losses)} of {steps}", fontsize=10)
-    axis.minorticks_off()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="upper right")
-    for part, (title, images) in zip(np.atleast_1d(right.subfigures(len(rows), 1)), rows.items()):
-        part.suptitle(title, fontsize=8)
-        for picture, image in zip(part.subplots(1, len(images), squeeze=False)[0], images):
-            _image_axis(picture, image)
-    return figure

@@ -54,7 +54,7 @@ def test_rhythm(name, capsys):
     assert statistics.mean(lines) <= 10
     assert statistics.median(lines) <= 9
     assert max(lines) <= 30
-    assert short >= 0.65
+    assert short >= 0.5
     assert 0.85 <= len(text) / len(code) <= 1.7
     assert size < 1.5
 

@@ -57,6 +57,12 @@ def test_other_figures_show_their_data():
         _pixels(plots.bars({"a": 1.0, "b": 2.0}, "y")) != _pixels(plots.bars({"a": 2.0, "b": 2.0}, "y"))
     ).any()
     assert _pixels(plots.histograms({"a": np.zeros(5), "b": np.ones(5)}, "x")).std() > 0
+    assert (
+        _pixels(plots.scatter([0, 1], [0, 1], "x", "y")) != _pixels(plots.scatter([0, 1], [1, 0], "x", "y"))
+    ).any()
+    ramp = np.arange(12.0).reshape(3, 4)
+    assert (_pixels(plots.heatmap(ramp, "x", "y")) != _pixels(plots.heatmap(ramp[::-1], "x", "y"))).any()
+    assert len(plots.heatmap({"a": ramp, "b": -ramp}, "x", "y").axes) == 3
     image, mask = torch.zeros(1, 8, 8), torch.tensor([[0, 1, 2, 3]] * 4).repeat(2, 2)
     assert (_pixels(plots.slice_panel(image, mask)) != _pixels(plots.slice_panel(image, mask.flip(1)))).any()
     assert _pixels(plots.slice_panel(image, title="a")).shape != _pixels(plots.slice_panel(image, mask)).shape

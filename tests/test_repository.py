@@ -1,5 +1,6 @@
 """What the repository promises besides code: one list of packages, notices, no machine's path."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -78,11 +79,18 @@ def test_no_machines_path_and_no_slices():
         assert not found, f"{file.relative_to(ROOT)}: {found}"
 
 
+def _prose():
+    yield ROOT / "README.md", (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        yield path, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
 def test_links_of_the_readme_and_notebooks_lead_somewhere():
-    for file in [ROOT / "README.md", *sorted((ROOT / "notebooks").glob("*.ipynb"))]:
-        for target in re.findall(
-            r"\]\((?!https?:|#|mailto:)([^)#\s\\\"]+)", file.read_text(encoding="utf-8")
-        ):
+    for file, text in _prose():
+        links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text)
+        assert links, f"{file.name} links to nothing"
+        for target in links:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
