@@ -1,9 +1,9 @@
 """How fast are phantoms made and slices loaded?  ``make bench`` prints the table and stores it.
 
-Making: cases per second with one worker and with two, and the largest memory of all processes.
+Making: seconds and peak memory of fresh processes, for the default set and for OASIS's size.
 Loading: images per second of one 64×64 epoch, from PNG through a DataLoader (the way the seed
-project read them), the same with two loader processes,
-and from memory (``load_slices``), as ratios to the first in the same run.
+project read them), the same with two loader processes, and from memory (``load_slices``), as
+ratios to the first in the same run.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from measure import measured
 from torch.utils.data import DataLoader
 
 from oasis_helpers.data import OASISDataset, find_data, load_slices, slice_transform, to_unit_range
-from oasis_helpers.phantoms import make_phantoms
 
 RESULT = Path(__file__).with_name("data.json")
 SIZE, BATCH, RUNS = 64, 32, 3
@@ -33,20 +34,26 @@ def timed(work) -> float:
     return time.perf_counter() - started
 
 
-def peak_mb() -> float:
-    """Largest resident memory so far: this process plus its largest child, in MB."""
-    used = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(used) / 1e3
+def make(folder: Path, cases: tuple[int, int, int], workers: int) -> tuple[float, float]:
+    """Seconds and MB of one fresh process (and its workers) that makes phantoms."""
+    command = [sys.executable, "-m", "oasis_helpers", "phantoms", str(folder), "--workers", str(workers)]
+    command += ["--cases", *map(str, cases)]
+    code, seconds, megabytes = measured(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}")
+    return seconds, megabytes
 
 
 def measure_phantoms() -> dict[str, float]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for workers in (1, 2):
-            seconds = timed(lambda w=workers: make_phantoms(Path(folder) / str(w), (8, 0, 0), workers=w))
-            found[f"8 cases, {workers} worker(s), cases/s with start-up"] = 8 / seconds
-        found["default set (48 cases), s"] = timed(lambda: make_phantoms(Path(folder) / "48"))
-    found["memory of parent and largest worker, MB"] = peak_mb()
+            seconds, _ = make(Path(folder) / f"eight-{workers}", (8, 0, 0), workers)
+            found[f"8 cases, {workers} worker(s), s with start-up"] = seconds
+        for cases in ((36, 6, 6), (302, 35, 17)):
+            seconds, megabytes = make(Path(folder) / str(sum(cases)), cases, 2)
+            found[f"{sum(cases)} cases, 2 workers, s"] = seconds
+            found[f"{sum(cases)} cases, 2 workers, MB"] = megabytes
     return found
 
 

@@ -6,8 +6,8 @@ import torch
 from matplotlib.figure import Figure
 
 from oasis_helpers import plots
-from oasis_helpers.data import load_slices, phantom_cache, to_unit_range
-from oasis_helpers.phantoms import make_phantoms
+from oasis_helpers.data import load_slices, to_unit_range
+from oasis_helpers.phantoms import make_phantoms, phantom_cache
 from oasis_helpers.sampling import sample, sample_images
 from oasis_helpers.training import load_weights
 

@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 
 def _phantoms(args: argparse.Namespace) -> int:
-    from .data import phantom_cache
-    from .phantoms import make_phantoms
+    from .phantoms import make_phantoms, phantom_cache
 
     if args.out is None:
         location = make_phantoms(phantom_cache(), workers=args.workers)

@@ -197,15 +197,6 @@ def _locate(root: Path) -> DataLocation:
     )
 
 
-def phantom_cache() -> Path:
-    """Where the default phantoms are kept: the user's cache folder, one per recipe."""
-    from platformdirs import user_cache_path
-
-    from .phantoms import RECIPE
-
-    return user_cache_path("oasis-diffusion", appauthor=False) / f"phantoms-r{RECIPE}-seed0"
-
-
 def find_data(root: str | Path | None = None) -> DataLocation:
     """The data to use: ``root``, else ``$OASIS_ROOT``, else the phantoms (made on first use).
 
@@ -216,7 +207,7 @@ def find_data(root: str | Path | None = None) -> DataLocation:
     chosen = root or os.environ.get("OASIS_ROOT")
     if chosen:
         return _locate(Path(chosen).expanduser())
-    from .phantoms import make_phantoms
+    from .phantoms import make_phantoms, phantom_cache
 
     return make_phantoms(phantom_cache())
 
@@ -331,7 +322,7 @@ def check_dataset(root: str | Path) -> DatasetReport:
         if len(splits) > 1:
             report.leaks.append(f"case {case:03d} is in {' and '.join(splits)}: keep it in one split")
 
-    for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 500):
+    for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 5000):
         _check_file(path, report)
         if location.kind == "oasis":
             digests[case][prefix].append(hashlib.sha256(path.read_bytes()).hexdigest())

@@ -19,19 +19,20 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from joblib import Parallel, delayed
 from PIL import Image
+from platformdirs import user_cache_path
 from scipy import ndimage
 from tqdm.auto import tqdm
 
 from .layout import DATASET_FOLDER, SIDE, SPLITS, DataLocation, image_name, mask_name
 
-RECIPE = 1  # raise when the same seed would no longer give the same bytes
+RECIPE = 2  # raise when the same seed would no longer give the same bytes
 
 # The course's id ranges. Keeping them means a case has the same split in a small and in a
 # large set, so weights trained on the large one never saw the small one's held-out cases.
@@ -82,6 +83,21 @@ class _Template:
     origin: np.ndarray
 
 
+_edt = ndimage.distance_transform_edt
+
+
+def _signed_distance(region: np.ndarray) -> np.ndarray:
+    """Distance to the border of ``region`` in voxels, negative inside."""
+    with ThreadPoolExecutor(2) as both:  # scipy computes without the interpreter lock
+        outside, inside = both.map(_edt, (~region, region))
+    return outside - inside
+
+
+def _box_around(region: np.ndarray, margin: int) -> tuple[slice, ...]:
+    found = ndimage.find_objects(region.astype(np.uint8))[0]
+    return tuple(slice(max(s.start - margin, 0), s.stop + margin) for s in found)
+
+
 def _load_template() -> _Template:
     # nilearn takes seconds to import, and only the parent process needs it
     from nilearn.datasets import (
@@ -102,11 +118,10 @@ def _load_template() -> _Template:
 
     brain = t1 > 0.05
     # Closing over the fissure and the sulci gives the hull that the skull follows.
-    distance = ndimage.distance_transform_edt(~brain)
-    hull = ndimage.distance_transform_edt(distance < 10) >= 10
-    hull |= brain
-    surface = ndimage.distance_transform_edt(~hull) - ndimage.distance_transform_edt(hull)
-    surface = ndimage.gaussian_filter(surface, 2.0)
+    near = _box_around(brain, 11)[:2]
+    hull = brain.copy()
+    hull[near] |= _edt(_edt(~brain[near]) < 10) >= 10
+    surface = ndimage.gaussian_filter(_signed_distance(hull), 2.0)
 
     csf = np.clip(brain - grey - white, 0, 1)
     x, y, z = np.meshgrid(*(np.arange(n) + o for n, o in zip(t1.shape, origin)), indexing="ij", sparse=True)
@@ -118,14 +133,9 @@ def _load_template() -> _Template:
     inside = np.isin(labels, 1 + np.flatnonzero(sizes > 150))
     # Only the neighbourhood matters: farther than the margin, a distance is as good as another.
     margin = 25
-    box = tuple(
-        slice(max(s.start - margin, 0), s.stop + margin)
-        for s in ndimage.find_objects(inside.astype(np.uint8))[0]
-    )
+    box = _box_around(inside, margin)
     ventricle = np.full(inside.shape, float(margin), np.float32)
-    ventricle[box] = ndimage.distance_transform_edt(~inside[box]) - ndimage.distance_transform_edt(
-        inside[box]
-    )
+    ventricle[box] = _signed_distance(inside[box])
 
     predicted = 0.35 * csf + 0.72 * grey + 0.92 * white
     texture = np.where(brain, t1 - predicted, 0)
@@ -140,7 +150,25 @@ def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float
     return field / field.std()
 
 
-def _deformation(rng: np.random.Generator, shape: np.ndarray, step: float) -> np.ndarray:
+def _upsample(field: np.ndarray, shape: tuple[int, ...], step: float, margin: float = 0.0) -> np.ndarray:
+    """Linear interpolation of a field sampled every ``step`` mm onto 1 mm voxels, axis by axis."""
+    for axis, size in reversed(list(enumerate(shape))):  # the shortest axis first: less to multiply
+        position = (np.arange(size) + margin) / step
+        below = np.minimum(position.astype(int), field.shape[axis] - 2)
+        weight = (position - below).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        field = field.take(below, axis) * (1 - weight) + field.take(below + 1, axis) * weight
+    return field
+
+
+def _blobs(rng: np.random.Generator, sigma: float, slices: int) -> np.ndarray:
+    """Smooth noise of scale ``sigma`` mm on the pixels of ``slices`` planes."""
+    # A whole case is always drawn, so that fewer slices show the same subject.
+    step = max(1.0, sigma / 2.5)  # a smooth field needs few samples
+    few = tuple(int(np.ceil(n / step)) + 1 for n in _EXTENT)
+    return _upsample(_smooth_noise(rng, few, sigma / step), _EXTENT, step)[:, :, :slices]
+
+
+def _deformation(rng: np.random.Generator, shape: tuple[int, ...], step: float) -> np.ndarray:
     """A random diffeomorphism as a displacement in mm on a grid of spacing ``step`` mm.
 
     The velocity has two scales (shape of the head, course of the gyri); scaling and squaring
@@ -163,16 +191,6 @@ def _deformation(rng: np.random.Generator, shape: np.ndarray, step: float) -> np
     return displacement
 
 
-def _upsample(field: np.ndarray, shape: tuple[int, ...], step: float, margin: float = 0.0) -> np.ndarray:
-    """Linear interpolation of a field sampled every ``step`` mm onto 1 mm voxels, axis by axis."""
-    for axis, size in enumerate(shape):
-        position = (np.arange(size) + margin) / step
-        below = np.minimum(position.astype(int), field.shape[axis] - 2)
-        weight = (position - below).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
-        field = field.take(below, axis) * (1 - weight) + field.take(below + 1, axis) * weight
-    return field
-
-
 def _rotation(angles: np.ndarray) -> np.ndarray:
     """Rotation matrix from three small angles in radians about x, y and z."""
     (ca, cb, cc), (sa, sb, sc) = np.cos(angles), np.sin(angles)
@@ -186,112 +204,199 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
 
-def _render(template: _Template, case: int, split: str, slices: int, seed: int):
-    """One subject: images and masks as uint8 ``(slices, 256, 256)``, and its factors."""
-    rng = np.random.default_rng([seed, case])
-    # ---- the causes. All are drawn first, in this order, so that they depend on (seed, case) alone.
-    atrophy = float(rng.beta(1.2, 1.6))
-    growth = float(-1.2 + 5.6 * atrophy + 0.45 * rng.standard_normal())
-    scale = float(np.clip(rng.normal(1.0, 0.018), 0.95, 1.035))
-    stretch = np.clip(rng.normal(1.0, 0.012, 3), 0.97, 1.03)
-    angles = np.deg2rad(np.clip(rng.normal(0, (1.6, 1.2, 1.6)), -4, 4))
-    shift = rng.normal(0, (0.8, 1.2, 1.0))
-    gap = float(rng.uniform(0.8, 1.8) + 1.6 * atrophy)
-    skull = float(rng.uniform(4.4, 6.6))
-    scalp = float(rng.uniform(4.6, 7.0))
-    muscle = float(rng.uniform(2.0, 5.0))
-    fat = float(rng.uniform(158, 184))
-    bias = float(rng.uniform(0.04, 0.10))
-    noise = float(rng.uniform(2.8, 4.4))
-    contrast = rng.normal((27, 79, 120), (3.0, 2.0, 2.0))
-    field_of_view = np.array([rng.uniform(85, 90), rng.uniform(104, 109)])
+@dataclass(frozen=True)
+class _Causes:
+    """What makes one subject, drawn from (seed, case) alone. Lengths in mm, intensities as drawn."""
 
-    # ---- where each pixel of each plane comes from: affine, then diffeomorphism
-    x = np.arange(ROWS) - (ROWS - 1) / 2
-    y = np.arange(COLS) - (COLS - 1) / 2 + _CENTRE[1]
-    z = _FIRST_Z + np.arange(slices)
-    mm = np.stack(np.meshgrid(x, y, z, indexing="ij")).astype(np.float32)
-    matrix = _rotation(angles) @ np.diag(1 / (scale * _T88_SCALE * stretch))
+    atrophy: float
+    growth: float
+    scale: float
+    stretch: np.ndarray
+    angles: np.ndarray
+    shift: np.ndarray
+    gap: float
+    skull: float
+    scalp: float
+    muscle: float
+    fat: float
+    bias: float
+    noise: float
+    contrast: np.ndarray  # CSF, grey, white
+    field_of_view: np.ndarray  # half widths of the scanned box
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> _Causes:
+        atrophy = float(rng.beta(1.2, 1.6))
+        return cls(
+            atrophy=atrophy,
+            growth=float(-1.2 + 5.6 * atrophy + 0.45 * rng.standard_normal()),
+            scale=float(np.clip(rng.normal(1.0, 0.018), 0.95, 1.035)),
+            stretch=np.clip(rng.normal(1.0, 0.012, 3), 0.97, 1.03),
+            angles=np.deg2rad(np.clip(rng.normal(0, (1.6, 1.2, 1.6)), -4, 4)),
+            shift=rng.normal(0, (0.8, 1.2, 1.0)),
+            gap=float(rng.uniform(0.8, 1.8) + 1.6 * atrophy),
+            skull=float(rng.uniform(4.4, 6.6)),
+            scalp=float(rng.uniform(4.6, 7.0)),
+            muscle=float(rng.uniform(2.0, 5.0)),
+            fat=float(rng.uniform(158, 184)),
+            bias=float(rng.uniform(0.04, 0.10)),
+            noise=float(rng.uniform(2.8, 4.4)),
+            contrast=rng.normal((27, 79, 120), (3.0, 2.0, 2.0)).astype(np.float32),
+            field_of_view=np.array([rng.uniform(85, 90), rng.uniform(104, 109)]),
+        )
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """From a subject's mm to the template's, around the centre."""
+        return _rotation(self.angles) @ np.diag(1 / (self.scale * _T88_SCALE * self.stretch))
+
+
+# MNI mm of the pixels, one axis each (x left to right, y to the front, z up), for broadcasting
+_X = (np.arange(ROWS, dtype=np.float32) - (ROWS - 1) / 2).reshape(-1, 1, 1)
+_Y = (np.arange(COLS, dtype=np.float32) - (COLS - 1) / 2 + np.float32(_CENTRE[1])).reshape(1, -1, 1)
+_Z = (_FIRST_Z + np.arange(PLANES, dtype=np.float32)).reshape(1, 1, -1)
+_EXTENT = (ROWS, COLS, PLANES)
+
+
+def _affine(matrix: np.ndarray, z: np.ndarray) -> Iterator[np.ndarray]:
+    """Each coordinate of ``matrix @ (pixel - centre)``."""
+    for a, b, c in matrix.astype(np.float32):
+        yield (
+            a * (_X - np.float32(_CENTRE[0]))
+            + b * (_Y - np.float32(_CENTRE[1]))
+            + c * (z - np.float32(_CENTRE[2]))
+        )
+
+
+def _sources(causes: _Causes, rng: np.random.Generator, origin: np.ndarray, slices: int) -> np.ndarray:
+    """The template voxel that each pixel shows: affine after diffeomorphism, float32 (3, …)."""
     # The grid is sized for a whole case, so that fewer slices show the same subject.
     step, margin = 4.0, 8.0
-    extent = (ROWS, COLS, PLANES)
-    displacement = _deformation(rng, tuple(int(np.ceil((n + 2 * margin) / step)) + 1 for n in extent), step)
-    centre = _CENTRE.reshape(3, 1, 1, 1).astype(np.float32)
-    moved = mm - centre + np.stack([_upsample(d, extent, step, margin)[:, :, :slices] for d in displacement])
-    rotated = np.einsum("ij,jxyz->ixyz", matrix.astype(np.float32), moved)
-    mm_template = rotated + centre + shift.reshape(3, 1, 1, 1).astype(np.float32)
-    voxel = mm_template - template.origin.reshape(3, 1, 1, 1).astype(np.float32)
+    displacement = _deformation(rng, tuple(int(np.ceil((n + 2 * margin) / step)) + 1 for n in _EXTENT), step)
+    # Interpolation is linear, so turning the few vectors of the grid turns all those between.
+    displacement = np.einsum("ij,jxyz->ixyz", causes.matrix.astype(np.float32), displacement)
+    voxel = np.stack([_upsample(d, _EXTENT, step, margin)[:, :, :slices] for d in displacement])
+    offset = (_CENTRE + causes.shift - origin).astype(np.float32)
+    for axis, position in enumerate(_affine(causes.matrix, _Z[:, :, :slices])):
+        voxel[axis] += position + offset[axis]
+    return voxel
+
+
+def _brain(
+    template: _Template,
+    voxel: np.ndarray,
+    causes: _Causes,
+    surface: np.ndarray,
+    edge: np.ndarray,
+    folds: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Intensity and label (0–3) at some pixels, all arrays ``(n,)``, and the ventricles' volume in mm³.
+
+    Sharpens the average's soft maps into one subject, then lets it age.
+    """
 
     def warped(volume: np.ndarray) -> np.ndarray:
         return ndimage.map_coordinates(volume, voxel, order=1, mode="nearest")
 
     grey, white, texture = warped(template.grey), warped(template.white), warped(template.texture)
-    surface, ventricle = warped(template.surface), warped(template.ventricle)
-
-    def blobs(sigma: float) -> np.ndarray:
-        # A whole case is always drawn, so that fewer slices show the same subject.
-        step = max(1.0, sigma / 2.5)  # a smooth field needs few samples
-        few = tuple(int(np.ceil(n / step)) + 1 for n in extent)
-        return _upsample(_smooth_noise(rng, few, sigma / step), extent, step)[:, :, :slices]
-
-    # ---- tissue: sharpen the average's soft maps into one subject, then let it age
-    edge = blobs(14)
-    folds = blobs(2.2)
+    ventricle = warped(template.ventricle)
     depth = np.clip(-surface / 6, 0, 1)  # sulci open towards the surface
     csf = np.clip(1 - grey - white, 0, 1)
     # The average blurs the cortical ribbon; its outermost shell is CSF in every single subject.
-    shell = _sigmoid((surface + 1.1 + 1.4 * atrophy + 0.6 * folds) / 0.5)
-    logits = np.stack([csf, grey, white])
-    logits = 2.4 * np.log(np.clip(logits, 1e-3, None))
-    logits[0] += 1.1 + (1.0 + 1.8 * atrophy) * (1.4 - depth) + 0.6 * folds
-    logits[2] += 0.25 - 0.5 * atrophy - 0.55 * folds
+    shell = _sigmoid((surface + 1.1 + 1.4 * causes.atrophy + 0.6 * folds) / 0.5)
+    logits = 2.4 * np.log(np.clip(np.stack([csf, grey, white]), 1e-3, None))
+    logits[0] += 1.1 + (1.0 + 1.8 * causes.atrophy) * (1.4 - depth) + 0.6 * folds
+    logits[2] += 0.25 - 0.5 * causes.atrophy - 0.55 * folds
     probability = np.exp(logits - logits.max(axis=0))
     probability /= probability.sum(axis=0)
-    rim = _sigmoid((growth - ventricle + 0.35 * edge) / 0.45)  # the ventricle wall moves outward
-    not_csf = (1 - rim) * (1 - shell)
-    probability[1:] *= not_csf
-    probability[0] = 1 - probability[1] - probability[2]
-    inside = surface < 0
-    labels = np.where(inside, 1 + probability.argmax(axis=0), 0).astype(np.uint8)
-    deep = (ventricle < growth + 1.5) & (labels == 1)
+    rim = _sigmoid((causes.growth - ventricle + 0.35 * edge) / 0.45)  # the ventricle wall moves outward
+    probability[1:] *= (1 - rim) * (1 - shell)
+    tissue = probability[1] + probability[2]
+    probability[0] = 1 - tissue
+    labels = np.where(surface < 0, 1 + probability.argmax(axis=0), 0).astype(np.uint8)
+    deep = (ventricle < causes.growth + 1.5) & (labels == 1)
+    image = (causes.contrast @ probability) * _sigmoid(-surface / 0.5)
+    image += 95 * texture * _sigmoid(-surface - 2) * tissue
+    return image, labels, int(deep.sum())
 
-    # ---- the head around it, outward from the brain's hull
-    thick = 1 + 0.12 * edge
-    low_and_lateral = (
-        np.exp(-(((mm[1] - 22) / 26) ** 2)) * _sigmoid((np.abs(mm[0]) - 48) / 4) * _sigmoid((16 - mm[2]) / 5)
-    )
-    bone_from = gap * (1 + 0.2 * blobs(9))
-    muscle_from = bone_from + skull * thick
-    scalp_from = muscle_from + muscle * low_and_lateral + 0.6
+
+def _skull_and_scalp(
+    causes: _Causes,
+    front: np.ndarray,
+    temporal: np.ndarray,
+    surface: np.ndarray,
+    edge: np.ndarray,
+    folds: np.ndarray,
+    inner: np.ndarray,
+    outer: np.ndarray,
+    spongy: np.ndarray,
+    fat: np.ndarray,
+    fat_grain: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Intensity at some pixels, outward from the brain's hull, and how much they lie in air (0–1).
+
+    All arrays ``(n,)``: ``front`` 0 at the centre to 1 at forehead and occiput, ``temporal`` 1
+    where the temporal muscle lies, the distance to the hull in mm, and smooth noise.
+    """
+    bone_from = causes.gap * (1 + 0.2 * inner)
+    muscle_from = bone_from + causes.skull * (1 + 0.12 * edge)
+    scalp_from = muscle_from + causes.muscle * temporal + 0.6
     # Thinner over the temples than over forehead and occiput, as in people.
-    front_and_back = np.abs(mm[1] - _CENTRE[1]) / 90
-    air_from = scalp_from + scalp * (0.72 + 0.5 * front_and_back) * (1 + 0.08 * blobs(14))
+    air_from = scalp_from + causes.scalp * (0.72 + 0.5 * front) * (1 + 0.08 * outer)
 
-    def band(start: np.ndarray, stop: np.ndarray, soft: float = 0.45) -> np.ndarray:
-        return _sigmoid((surface - start) / soft) * _sigmoid((stop - surface) / soft)
+    def beyond(start: np.ndarray | float) -> np.ndarray:
+        return _sigmoid((surface - start) / 0.45)
 
     marrow_depth = (surface - bone_from) / np.maximum(muscle_from - bone_from, 1)
-    marrow = np.exp(-(((marrow_depth - 0.5) / 0.17) ** 2)) * np.clip(0.55 + 0.5 * blobs(5), 0, 1.4)
+    marrow = np.exp(-(((marrow_depth - 0.5) / 0.17) ** 2)) * np.clip(0.55 + 0.5 * spongy, 0, 1.4)
     skin = np.exp(-(((air_from - surface - 1.0) / 1.1) ** 2))
-    image = np.einsum("t,txyz->xyz", contrast, probability) * _sigmoid(-surface / 0.5)
-    image += 95 * texture * _sigmoid((-surface - 2) / 1.0) * probability[1:].sum(axis=0)
-    image += 30 * band(0 * gap, bone_from)
-    image += (9 + 42 * marrow) * band(bone_from, muscle_from)
-    image += (52 + 7 * folds) * band(muscle_from, scalp_from)
-    image += (fat * (1 + 0.15 * blobs(3.5) + 0.07 * blobs(1.2)) - 55 * skin) * band(scalp_from, air_from)
+    hull, bone, muscle, scalp, air = map(beyond, (0, bone_from, muscle_from, scalp_from, air_from))
+    image = 30 * hull * (1 - bone)
+    image += (9 + 42 * marrow) * bone * (1 - muscle)
+    image += (52 + 7 * folds) * muscle * (1 - scalp)
+    image += (causes.fat * (1 + 0.15 * fat + 0.07 * fat_grain) - 55 * skin) * scalp * (1 - air)
+    return image, _sigmoid((surface - air_from - 2) / 1.5)
+
+
+def _render(template: _Template, case: int, split: str, slices: int, seed: int):
+    """One subject: images and masks as uint8 ``(slices, 256, 256)``, and its factors."""
+    # ---- everything random, in this order: the causes first, so that they depend on (seed, case) alone
+    rng = np.random.default_rng([seed, case])
+    causes = _Causes.draw(rng)
+    voxel = _sources(causes, rng, template.origin, slices)
+    edge, folds, inner, outer, spongy, fat, fat_grain, coil = (
+        _blobs(rng, sigma, slices) for sigma in (14, 2.2, 9, 14, 5, 3.5, 1.2, 38)
+    )
+    shape = (ROWS, COLS, slices)
+    receiver = [
+        ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (0.5, 0.5, 0.3)) for _ in "ri"
+    ]
+
+    # ---- the subject. Beyond ten widths of their soft borders nothing is left of brain or
+    # skull, so each is computed on its own side of the hull only.
+    surface = ndimage.map_coordinates(template.surface, voxel, order=1, mode="nearest")
+    image = np.zeros(shape, np.float32)
+    labels = np.zeros(shape, np.uint8)
+    in_air = np.zeros(shape, np.float32)
+    at = np.flatnonzero(surface < 5)
+    image.flat[at], labels.flat[at], ventricles = _brain(
+        template, voxel.reshape(3, -1)[:, at], causes, *(f.ravel()[at] for f in (surface, edge, folds))
+    )
+    at = np.flatnonzero(surface > -5)
+    z = _Z[:, :, :slices]
+    front = np.broadcast_to(np.abs(_Y - np.float32(_CENTRE[1])) / 90, shape)
+    temporal = np.exp(-(((_Y - 22) / 26) ** 2)) * (_sigmoid((np.abs(_X) - 48) / 4) * _sigmoid((16 - z) / 5))
+    fields = (front, temporal, surface, edge, folds, inner, outer, spongy, fat, fat_grain)
+    outside, in_air.flat[at] = _skull_and_scalp(causes, *(f.ravel()[at] for f in fields))
+    image.flat[at] += outside
 
     # ---- the scanner: coil sensitivity, Rician noise, field of view, 8 bits
-    image = np.maximum(image, 0) * (1 + bias * np.clip(blobs(38), -2.5, 2.5))
-    texture_noise = [
-        ndimage.gaussian_filter(rng.standard_normal(image.shape, dtype=np.float32), (0.5, 0.5, 0.3))
-        for _ in "ri"
-    ]
-    real, imaginary = (noise * n / n.std() for n in texture_noise)
-    in_air = _sigmoid((surface - air_from - 2) / 1.5)  # averaging and filtering leave less noise there
-    damp = 1 - 0.78 * in_air
-    image = np.hypot(image + damp * real, damp * imaginary)
-    native = np.einsum("ij,jxyz->ixyz", matrix[:2].astype(np.float32), mm - centre)
-    image[(np.abs(native[0]) > field_of_view[0]) | (np.abs(native[1]) > field_of_view[1])] = 0
+    image = np.maximum(image, 0) * (1 + causes.bias * np.clip(coil, -2.5, 2.5))
+    damp = 1 - 0.78 * in_air  # averaging and filtering leave less noise in air
+    real, imaginary = (damp * (causes.noise / n.std()) * n for n in receiver)
+    image = np.hypot(image + real, imaginary)
+    for position, half_width in zip(_affine(causes.matrix[:2], z), causes.field_of_view):
+        image[np.abs(position) > half_width] = 0
 
     images = np.zeros((slices, SIDE, SIDE), np.uint8)
     masks = np.zeros((slices, SIDE, SIDE), np.uint8)
@@ -301,10 +406,17 @@ def _render(template: _Template, case: int, split: str, slices: int, seed: int):
     images[window] = np.round(planes * (255 / planes.max(axis=(1, 2), keepdims=True)))
     masks[window] = 85 * np.moveaxis(labels, 2, 0)
     volumes = np.bincount(labels.ravel(), minlength=4)
-    factors = PhantomFactors(
-        case, split, *(round(v, 4) for v in (atrophy, growth, scale, gap, skull, scalp, bias, noise)),
-        *(int(v) for v in volumes[1:]), ventricle_mm3=int(deep.sum()),
+    measured = (
+        causes.atrophy, causes.growth, causes.scale, causes.gap, causes.skull, causes.scalp, causes.bias,
+        causes.noise,
     )  # fmt: skip
+    factors = PhantomFactors(
+        case,
+        split,
+        *(round(v, 4) for v in measured),
+        *(int(v) for v in volumes[1:]),
+        ventricle_mm3=ventricles,
+    )
     return images, masks, factors
 
 
@@ -337,18 +449,6 @@ def _make_case(
         _write_png(image_path, image)
         _write_png(mask_path, mask)
     return factors
-
-
-_worker_template: _Template | None = None
-
-
-def _start_worker(template: _Template) -> None:
-    global _worker_template
-    _worker_template = template
-
-
-def _run_in_worker(job: tuple) -> PhantomFactors:
-    return _make_case(_worker_template, *job)
 
 
 def _write_table(root: Path, rows: dict[int, dict]) -> None:
@@ -397,6 +497,11 @@ def _check_space(root: Path, cases: int, slices: int) -> None:
             f"{cases} cases need {needed / 1e6:,.0f} MB and {root} has {free / 1e6:,.0f} MB free. "
             "Free some space, choose another disk or make fewer cases."
         )
+
+
+def phantom_cache() -> Path:
+    """Where the default phantoms are kept: the user's cache folder, one per recipe."""
+    return user_cache_path("oasis-diffusion", appauthor=False) / f"phantoms-r{RECIPE}-seed0"
 
 
 def make_phantoms(
@@ -459,10 +564,6 @@ def make_phantoms(
 
 
 def _factors(jobs: list[tuple], workers: int) -> Iterator[PhantomFactors]:
+    # joblib's processes need no main guard in the caller's script, and share the template by memory map.
     template = _load_template()
-    if workers == 1:
-        yield from (_make_case(template, *job) for job in jobs)
-        return
-    # "spawn" behaves alike on every system and is safe beside threads that torch has started.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (template,)) as pool:
-        yield from pool.map(_run_in_worker, jobs)
+    yield from Parallel(workers, return_as="generator")(delayed(_make_case)(template, *job) for job in jobs)

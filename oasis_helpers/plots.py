@@ -172,7 +172,7 @@ def noising_panel(x0: Tensor, noise: Tensor, schedule, t: int) -> Figure:
         axis.set_title(f"{name} = {float(curve[t]):.3g}", fontsize=9)
         axis.set_xlabel("t", fontsize=8)
     snr.set_yscale("log")
-    snr.set_ylim(1e-6, 1e5)
+    snr.set_ylim(min(1e-5, float(schedule.snr().min()) / 2), 1e5)
     for axis in (histogram, alpha, snr):
         axis.tick_params(labelsize=7)
         axis.title.set_fontsize(9)
@@ -259,14 +259,15 @@ def heatmap(
 
 
 def progress_panel(
-    steps: Sequence[int], losses: Sequence[float], samples: Sequence[Picture], step: int
+    steps: Sequence[int], losses: Sequence[float], samples: Sequence[Picture], step: int, total: int
 ) -> Figure:
-    """The training loss so far, and beside it up to four samples made at ``step``."""
+    """The training loss so far of ``total`` steps, and beside it up to four samples made at ``step``."""
     figure = Figure(figsize=(6.8, 2.7), layout="constrained")
     left, right = figure.subfigures(1, 2)
     axis = left.subplots()
     axis.plot(steps, losses, color=BLUE, linewidth=1.2, marker="." if len(steps) < 3 else "")
     axis.set(xlabel="step", ylabel="loss", yscale="log", title=f"after step {step}")
+    axis.set(xlim=(0, total), ylim=(0.02, 3))  # the same frame for every step: only the curve moves
     axis.spines[["top", "right"]].set_visible(False)
     if len(samples):
         right.suptitle("synthetic – not for diagnosis", fontsize=8)

@@ -95,7 +95,7 @@ def test_find_data_makes_phantoms_when_nothing_is_named(monkeypatch, phantoms):
     monkeypatch.delenv("OASIS_ROOT", raising=False)
     monkeypatch.setattr(module, "make_phantoms", lambda out: asked.append(out) or phantoms)
     assert find_data() == phantoms
-    assert asked == [data.phantom_cache()]
+    assert asked == [module.phantom_cache()]
 
 
 @pytest.mark.parametrize(

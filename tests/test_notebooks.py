@@ -51,11 +51,11 @@ def test_rhythm(name, capsys):
             f"{words:.1f} words a code line; {size:.2f} MB"
         )
     assert 36 <= len(code) + len(text) <= 75
-    assert statistics.mean(lines) <= 10
+    assert statistics.mean(lines) <= 9
     assert statistics.median(lines) <= 9
     assert max(lines) <= 30
-    assert short >= 0.5
-    assert 0.85 <= len(text) / len(code) <= 1.7
+    assert short >= 0.7
+    assert 0.95 <= len(text) / len(code) <= 1.7
     assert size < 1.5
 
 

@@ -146,7 +146,7 @@ def test_without_a_kernel_the_film_strip_stands_in():
 def test_a_screen_shows_what_was_drawn_last():
     screen = Screen("the loss, redrawn")
     empty = screen.value
-    screen.draw(plots.progress_panel([1, 2], [1.0, 0.5], torch.zeros(4, 1, 8, 8), 2))
+    screen.draw(plots.progress_panel([1, 2], [1.0, 0.5], torch.zeros(4, 1, 8, 8), 2, total=5))
     assert screen.value != empty
     assert screen._repr_mimebundle_()["text/plain"] == "the loss, redrawn"
     assert repr(screen) == "Screen('the loss, redrawn')"
