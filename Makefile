@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: lab test notebooks lint format phantoms figures bench clean help
+.PHONY: lab test notebooks lint format phantoms figures fuzz bench clean help
 
 help:
 	@sed -n '/^[a-z]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
@@ -53,8 +53,12 @@ format: $(READY)
 figures: phantoms ## redraw the pictures in figures/
 	$(PY) figures/make_figures.py
 
-bench: phantoms ## measure phantoms and loading
+fuzz: $(READY) ## damaged archives and pictures by the thousand (some minutes)
+	$(PY) -m pytest tests/fuzz.py -q -p no:cacheprovider
+
+bench: phantoms ## measure phantoms, loading and conversion
 	$(PY) benchmarks/data.py
+	$(PY) benchmarks/conversion.py
 
 clean: ## remove the environment and caches of this checkout
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage build *.egg-info

@@ -1,4 +1,4 @@
-"""Command line: ``python -m oasis_helpers phantoms|check|train|sample``."""
+"""Command line: ``python -m oasis_helpers phantoms|convert|check|train|sample``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def _phantoms(args: argparse.Namespace) -> int:
         location = make_phantoms(args.out, tuple(args.cases), args.slices, args.seed, args.workers)
     print(f"{location} in {location.root}")
     return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import convert
+
+    report = convert(
+        args.source, args.out, args.format, stripped=args.stripped, subjects=args.subjects,
+        workers=args.workers, force=args.force,
+    )  # fmt: skip
+    print(report)
+    return 0 if report.ok else 1
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -96,6 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, help="processes (default: one per CPU)")
     p.set_defaults(run=_phantoms)
+
+    p = commands.add_parser(
+        "convert", help="bring your copy of OASIS, whatever its form, into the course set's layout", **show
+    )
+    p.add_argument(
+        "source",
+        help="course zip or folder, OASIS-1 disc archive, folder of discs, unpacked tree, or neurite-oasis",
+    )
+    p.add_argument("out", help="new folder, or one where an earlier conversion goes on")
+    p.add_argument("--format", choices=("course", "oasis1", "neurite"), help="instead of recognising it")
+    p.add_argument("--stripped", action="store_true", help="OASIS-1: the skull-stripped volume")
+    p.add_argument("--subjects", help="OASIS's own table (CSV), for age, sex and CDR")
+    p.add_argument("--workers", type=int, help="threads (default: one per CPU)")
+    p.add_argument("--force", action="store_true", help="overwrite what is in OUT")
+    p.set_defaults(run=_convert)
 
     p = commands.add_parser("check", help="report what is missing, damaged or altered in a data set", **show)
     p.add_argument("root", help="folder that holds keras_png_slices_train and its five sisters")

@@ -8,8 +8,8 @@ Neurosci. 19(9):1498–1507.
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from .layout import (
     SIDE,
     SPLITS,
     DataLocation,
+    course_cases,
     image_name,
     mask_name,
     slices_in,
@@ -219,9 +220,10 @@ def find_data(root: str | Path | None = None) -> DataLocation:
 class DatasetReport:
     """What :func:`check_dataset` found. ``ok`` is True when nothing is wrong.
 
-    ``counts``: split → (slices, cases). ``checksums``: "unmodified" when every case equals the
-    course set's, "altered" with the differing cases in ``altered``, "incomplete" when all
-    present cases are right and some are absent, or "not OASIS" for phantoms.
+    ``counts``: split → (slices, cases). ``checksums``: "unmodified" when every whole case equals
+    the course set's (or, for a converted set, what was converted); "re-encoded" when every
+    case differs in its bytes and every slice looks right; "altered" when only some differ, with
+    their ids in ``altered``; "incomplete" when no case is whole; "not OASIS" for phantoms.
     """
 
     root: Path
@@ -232,6 +234,7 @@ class DatasetReport:
     wrong_mode: list[str] = field(default_factory=list)
     wrong_size: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
     checksums: str = "not OASIS"
     altered: list[int] = field(default_factory=list)
 
@@ -244,6 +247,7 @@ class DatasetReport:
             "wrong mode": self.wrong_mode,
             "wrong size": self.wrong_size,
             "split leakage": self.leaks,
+            "odd pixels": self.odd,
         }
         return {kind: lines for kind, lines in kinds.items() if lines}
 
@@ -259,25 +263,43 @@ class DatasetReport:
             lines += [f"    {line}" for line in found[:5]]
             if len(found) > 5:
                 lines.append(f"    … and {len(found) - 5} more")
-        verdict = self.checksums
-        if self.altered:
-            verdict += (
-                ": cases " + ", ".join(map(str, self.altered[:8])) + (" …" if len(self.altered) > 8 else "")
-            )
-        lines.append(f"  checksums: {verdict}")
+        lines.append(f"  checksums: {self._verdict}")
         return "\n".join(lines)
+
+    @property
+    def _verdict(self) -> str:
+        if self.checksums == "altered":
+            return f"altered: cases {_first(self.altered)}"
+        if self.kind != "oasis":
+            return self.checksums
+        words = {
+            "unmodified": "complete and unmodified",
+            "incomplete": "no case is whole, so nothing could be compared",
+            "re-encoded": "complete, re-encoded (all bytes differ, all slices look right)",
+        }[self.checksums]
+        return (
+            words
+            if self.ok
+            else words.replace("complete and", "what is there is").replace("complete,", "what is there is")
+        )
+
+
+def _first(cases: list[int]) -> str:
+    return ", ".join(map(str, cases[:8])) + (f" … ({len(cases)} in all)" if len(cases) > 8 else "")
 
 
 def check_dataset(root: str | Path) -> DatasetReport:
     """Read every file of a data set and report what is wrong with it.
 
     Looks for missing folders, slices and partners, PNGs that do not decode, a mode other than
-    L, a size other than 256×256, and cases in two splits. For a course set each case is also
-    compared with the checksums shipped in ``oasis_png_cases.csv``. Raises as
-    :func:`find_data` if there is no data set at ``root``.
+    L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each
+    case of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``,
+    each case of a converted set with what was converted. Raises as :func:`find_data` if
+    there is no data set at ``root``.
     """
     location = _locate(Path(root).expanduser())
     report = DatasetReport(location.root, location.kind)
+    known = _known_cases(location)
     cases_of: dict[int, list[str]] = defaultdict(list)
     digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
     jobs = []
@@ -310,6 +332,8 @@ def check_dataset(root: str | Path) -> DatasetReport:
                 if k not in images
             ]
         expected = max(per_case.values(), default=0)
+        if known:
+            expected = max(expected, *(slices for slices, _ in known.values()))
         for case, number in per_case.items():
             have = {index for c, index in images if c == case}
             if number < expected or max(have) >= expected:
@@ -323,20 +347,22 @@ def check_dataset(root: str | Path) -> DatasetReport:
             report.leaks.append(f"case {case:03d} is in {' and '.join(splits)}: keep it in one split")
 
     for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 5000):
-        _check_file(path, report)
-        if location.kind == "oasis":
+        _check_file(path, report, prefix, like_course=known is not None)
+        if known is not None:
             digests[case][prefix].append(hashlib.sha256(path.read_bytes()).hexdigest())
-    if location.kind == "oasis":
-        _compare_checksums(digests, report)
+    if known is not None:
+        _compare_checksums(digests, known, report)
     return report
 
 
-def _check_file(path: Path, report: DatasetReport) -> None:
+def _check_file(path: Path, report: DatasetReport, prefix: str, like_course: bool) -> None:
     name = f"{path.parent.name}/{path.name}"
     try:
         with Image.open(path) as image:
-            image.load()
             mode, size = image.mode, image.size
+            if size == (SIDE, SIDE):  # another size is wrong anyway, and may be a bomb
+                image.load()
+                pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         report.corrupt.append(f"{name}: {str(error).replace(str(path), path.name)}; copy it again")
         return
@@ -344,23 +370,56 @@ def _check_file(path: Path, report: DatasetReport) -> None:
         report.wrong_mode.append(f"{name}: mode {mode}, should be L (8-bit greyscale)")
     if size != (SIDE, SIDE):
         report.wrong_size.append(f"{name}: {size[0]}×{size[1]}, should be {SIDE}×{SIDE}")
+    if mode != "L" or size != (SIDE, SIDE):
+        return
+    if prefix == "seg" and not np.isin(pixels, MASK_VALUES).all():
+        report.odd.append(f"{name}: values other than {', '.join(map(str, MASK_VALUES))}; copy it again")
+    if like_course and prefix == "case" and pixels.max() != 255:
+        report.odd.append(f"{name}: its maximum is {pixels.max()}, should be 255; copy it again")
+    border = pixels.copy()
+    border[40:-40, 24:-24] = 0
+    if like_course and border.any():
+        report.odd.append(f"{name}: something outside the middle 176×208 pixels; copy it again")
 
 
-def _compare_checksums(digests: dict, report: DatasetReport) -> None:
-    with (Path(__file__).parent / "oasis_png_cases.csv").open(newline="") as file:
-        known = {int(row["case"]): row for row in csv.DictReader(file)}
+def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]]] | None:
+    """Number of slices and digests that each case should have; None if nobody knows them."""
+    if location.kind == "phantoms":
+        return None
+    plan = location.root / "conversion.json"
+    if not plan.exists() or json.loads(plan.read_text(encoding="utf-8"))["format"] == "course":
+        return {
+            case: (int(row["slices"]), (row["images_sha256"], row["masks_sha256"]))
+            for case, row in course_cases().items()
+        }
+    from .convert import read_rows  # it needs nibabel, and few need it
 
-    def of_case(hashes: list[str]) -> str:
+    return {case: (row.images, (row.sha256,)) for case, row in read_rows(location.root).items()}
+
+
+def _compare_checksums(
+    digests: dict[int, dict[str, list[str]]],
+    known: dict[int, tuple[int, tuple[str, ...]]],
+    report: DatasetReport,
+) -> None:
+    def of(hashes: list[str]) -> str:
         return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
-    for case, hashes in sorted(digests.items()):
-        row = known.get(case)
-        right = (
-            row
-            and of_case(hashes["case"]) == row["images_sha256"]
-            and of_case(hashes["seg"]) == row["masks_sha256"]
-        )
-        if not right:
-            report.altered.append(case)
-    absent = set(known) - set(digests)
-    report.checksums = "altered" if report.altered else "incomplete" if absent else "unmodified"
+    def equal(case: int) -> bool:
+        found, (_, wanted) = digests[case], known[case]
+        if len(wanted) == 1:  # a converted set notes images and masks together
+            return of(found["case"] + found["seg"]) == wanted[0]
+        return (of(found["case"]), of(found["seg"])) == wanted
+
+    if absent := sorted(set(known) - set(digests)):
+        report.missing.append(f"cases {_first(absent)}: copy or convert them again")
+    present = sorted(set(known) & set(digests))
+    whole = [case for case in present if len(digests[case]["case"]) == known[case][0]]
+    differing = [case for case in whole if not equal(case)]
+    strangers = sorted(set(digests) - set(known))
+    if differing == whole and not strangers and not report.odd and len(whole) > 1:
+        report.checksums = "re-encoded"
+    elif differing or strangers:
+        report.checksums, report.altered = "altered", sorted(differing + strangers)
+    else:
+        report.checksums = "unmodified" if whole else "incomplete"

@@ -37,6 +37,7 @@ class Live(ipywidgets.VBox):
         if play is not None:
             slider = controls[play]
             button = ipywidgets.Play(
+                value=slider.value,  # a link in the browser hands the button's value to the slider
                 min=slider.min,
                 max=slider.max,
                 step=max(slider.step, (slider.max - slider.min) // 40),

@@ -119,6 +119,12 @@ def test_the_picture_follows_every_control():
     assert live.values == {"t": 2, "name": "a", "on": True}
 
 
+def test_the_play_button_starts_where_the_slider_is():
+    # In a browser the link hands its value to the slider: a button at 0 would move it.
+    button = _live(play="t").children[0].children[-1]
+    assert (button.value, button.min, button.max) == (2, 0, 10)
+
+
 def test_a_picture_that_does_not_follow_is_caught():
     with pytest.raises(AssertionError, match="'t': 3 positions gave 1"):
         _live(lambda t: _draw()).check()

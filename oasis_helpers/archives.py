@@ -1,0 +1,249 @@
+"""Read archives of strangers without trusting them.
+
+Nothing is ever unpacked to the path an archive names: members are handed out as bytes, one by
+one, and whoever takes them decides where they go. An archive that tries something (a path that
+climbs out, a link, a device, a bomb) is refused as a whole, with :class:`ArchiveRefused`; one that
+is cut or garbled raises :class:`ArchiveDamaged`.
+
+What the attacks look like: Python's documentation of ``zipfile`` ("Decompression pitfalls") and of
+``tarfile`` (PEP 706); overlapping zip bombs: Fifield 2019, A better zip bomb (WOOT).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import re
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+MOST_MEMBERS = 100_000  # the course zip has 22,662; a disc some thousands
+LARGEST_MEMBER = 256 * 2**20  # bytes unpacked; an OASIS volume has 13 MB
+LARGEST_TOTAL = 32 * 2**30  # bytes unpacked; a disc has about 4 GB
+HIGHEST_RATIO = 100  # unpacked to packed; volumes reach 4, PNGs 1
+_RATIO_FROM = 16 * 2**20  # bytes; below this a high ratio does no harm
+_LARGEST_DIRECTORY = 32 * 2**20  # bytes of a zip's table of contents
+_NONE = "OASIS's archives have no such thing: do not use this one."
+_GARBLED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error)
+
+
+class ArchiveRefused(ValueError):
+    """The archive does something that no data set needs to do."""
+
+
+class ArchiveDamaged(ValueError):
+    """The archive is cut short or its bytes are wrong."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of an archive or folder: its name with ``/``, its size in bytes, and its bytes on demand.
+
+    ``position`` is how far the packed archive has been read. From a tar, ``read`` works until
+    the next member is asked for, since a stream cannot go back.
+    """
+
+    name: str
+    size: int
+    read: Callable[[], bytes]
+    position: int = 0
+
+
+def kind_of(path: Path) -> str:
+    """ "zip", "tar.gz" or "tar", by the first bytes; ``ValueError`` if it is none of them."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        return "zip"
+    if start[:2] == b"\x1f\x8b":
+        return "tar.gz"
+    if start[257:262] == b"ustar":
+        return "tar"
+    if not start:
+        raise ArchiveDamaged(f"{path} is empty: download it again.")
+    raise ValueError(f"{path} is not a zip, a tar or a tar.gz. Give the archive as it was downloaded.")
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The files of an archive, in its own order. Folders are passed over."""
+    return _zip_members(path) if kind_of(path) == "zip" else _tar_members(path)
+
+
+def _check_name(path: Path, name: str) -> None:
+    parts = name.replace("\\", "/").split("/")
+    shown = ascii(name[:80])
+    if not parts[0] or re.match(r"[A-Za-z]:", name):
+        raise ArchiveRefused(f"{path.name} holds the absolute path {shown}. {_NONE}")
+    if ".." in parts:
+        raise ArchiveRefused(f"{path.name} holds {shown}, which climbs out of its folder. {_NONE}")
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        raise ArchiveRefused(f"{path.name} holds a name with control characters, {shown}. {_NONE}")
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    if size > LARGEST_MEMBER:
+        raise ArchiveRefused(
+            f"{path.name} holds {name[:80]!a} of {size / 1e6:,.0f} MB; no file of OASIS exceeds "
+            f"{LARGEST_MEMBER / 1e6:,.0f} MB."
+        )
+
+
+# ---- zip --------------------------------------------------------------------------------------
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a huge table of contents before :mod:`zipfile` reads it into memory."""
+    with path.open("rb") as file:
+        file.seek(0, io.SEEK_END)
+        file.seek(max(0, file.tell() - 65_557))  # the end record and the longest comment after it
+        tail = file.read()
+    found = tail.rfind(b"PK\x05\x06")
+    if found < 0 or len(tail) < found + 22:
+        raise ArchiveDamaged(f"{path.name} has no table of contents at its end: download it again.")
+    entries, size = struct.unpack("<HI", tail[found + 10 : found + 16])
+    if entries == 0xFFFF or size > _LARGEST_DIRECTORY:
+        raise ArchiveRefused(f"{path.name} announces 65,535 files or more; the course zip has 22,662.")
+
+
+def _zip_members(path: Path) -> Iterator[Member]:
+    _check_directory(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (*_GARBLED, ValueError, NotImplementedError) as error:
+        raise ArchiveDamaged(f"{path.name} cannot be opened ({error}): download it again.") from None
+    entries = archive.infolist()
+    if len(entries) > MOST_MEMBERS:
+        raise ArchiveRefused(f"{path.name} holds {len(entries):,} files; the course zip has 22,662.")
+    total = 0
+    for entry in entries:
+        _check_name(path, entry.filename)
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            what = "link" if kind == stat.S_IFLNK else "device or pipe"
+            raise ArchiveRefused(f"{path.name} holds the {what} {entry.filename[:80]!a}.")
+        if entry.flag_bits & 1:
+            raise ArchiveRefused(f"{path.name} is encrypted: unpack it yourself and give the folder.")
+        _check_size(path, entry.filename, entry.file_size)
+        total += entry.file_size
+        if entry.file_size > _RATIO_FROM and entry.file_size > HIGHEST_RATIO * max(entry.compress_size, 1):
+            raise ArchiveRefused(
+                f"{path.name} holds {entry.filename[:80]!a}, which unpacks to "
+                f"{entry.file_size // max(entry.compress_size, 1):,} times its size: a bomb."
+            )
+    if total > LARGEST_TOTAL or total > max(_RATIO_FROM, HIGHEST_RATIO * path.stat().st_size):
+        raise ArchiveRefused(
+            f"{path.name} of {path.stat().st_size / 1e6:,.1f} MB unpacks to {total / 1e6:,.0f} MB: a bomb."
+        )
+
+    def reader(entry: zipfile.ZipInfo) -> Callable[[], bytes]:
+        def read() -> bytes:
+            try:
+                return archive.read(entry)
+            except _GARBLED as error:
+                raise ArchiveDamaged(f"{entry.filename[-60:]!a} cannot be unpacked ({error})") from None
+            except (RuntimeError, NotImplementedError) as error:
+                raise ArchiveRefused(f"{entry.filename[-60:]!a} cannot be unpacked ({error})") from None
+
+        return read
+
+    for entry in entries:
+        if not entry.is_dir():
+            yield Member(entry.filename.replace("\\", "/"), entry.file_size, reader(entry))
+
+
+# ---- tar --------------------------------------------------------------------------------------
+
+
+class _Allowance:
+    """A stream that gives no more bytes than were announced.
+
+    :mod:`tarfile` reads some headers whole, whatever size they claim. So the reader of the
+    archive says after each member how much may come until the next one.
+    """
+
+    def __init__(self, stream, packed, name: str):
+        self._stream, self._packed, self.name = stream, packed, name
+        self.total = 0
+        self.left = 2**20
+
+    def allow(self, size: int) -> None:
+        self.left = size + 2**20  # and a header with a long name
+
+    @property
+    def position(self) -> int:
+        return self._packed.tell()
+
+    def read(self, size: int) -> bytes:
+        found = self._stream.read(size)
+        self.total += len(found)
+        self.left -= len(found)
+        if self.left < 0:
+            raise ArchiveRefused(f"{self.name} holds a header of more than a megabyte: a bomb.")
+        if self.total > LARGEST_TOTAL or (
+            self.total > _RATIO_FROM and self.total > HIGHEST_RATIO * max(self.position, 1)
+        ):
+            raise ArchiveRefused(
+                f"{self.name} unpacks to {self.total / 1e6:,.0f} MB and more from its first "
+                f"{self.position / 1e6:,.1f} MB: a bomb."
+            )
+        return found
+
+
+def _tar_members(path: Path) -> Iterator[Member]:
+    with path.open("rb") as packed:
+        stream = gzip.GzipFile(fileobj=packed) if kind_of(path) == "tar.gz" else packed
+        limited = _Allowance(stream, packed, path.name)
+        yield from _limited_tar_members(path, limited)
+
+
+@contextmanager
+def _named(limited: _Allowance) -> Iterator[None]:
+    """Whatever a garbled archive raises, as one error that says where."""
+    try:
+        yield
+    except (ArchiveRefused, ArchiveDamaged):
+        raise
+    except (*_GARBLED, tarfile.TarError, ValueError, OverflowError) as error:
+        raise ArchiveDamaged(
+            f"{limited.name} is cut or damaged after {limited.total / 1e6:,.0f} MB unpacked ({error}): "
+            "download it again."
+        ) from None
+
+
+def _limited_tar_members(path: Path, limited: _Allowance) -> Iterator[Member]:
+    with _named(limited):
+        archive = tarfile.open(fileobj=limited, mode="r|", bufsize=tarfile.BLOCKSIZE)  # noqa: SIM115
+    for number in itertools.count():
+        with _named(limited):
+            entry = archive.next()
+        if entry is None:
+            break
+        archive.members.clear()  # tarfile remembers every member; a stream needs none
+        if number >= MOST_MEMBERS:
+            raise ArchiveRefused(f"{path.name} holds more than {MOST_MEMBERS:,} files.")
+        _check_name(path, entry.name)
+        if not (entry.isreg() or entry.isdir()):
+            what = "link" if entry.issym() or entry.islnk() else "device or pipe"
+            raise ArchiveRefused(f"{path.name} holds the {what} {entry.name[:80]!a}.")
+        _check_size(path, entry.name, entry.size)
+        limited.allow(entry.size)
+
+        def read(entry: tarfile.TarInfo = entry) -> bytes:
+            with _named(limited):
+                return archive.extractfile(entry).read()
+
+        if entry.isreg():
+            yield Member(entry.name, entry.size, read, limited.position)
+    # tarfile takes a garbled header for the end. After a true end come only zeros.
+    limited.allow(2**20)
+    with _named(limited):
+        if limited.read(2**16).strip(b"\0"):
+            raise ValueError("a header is garbled")

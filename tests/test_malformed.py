@@ -1,0 +1,366 @@
+"""What strangers' files can do to a conversion: each is answered by one clear line, through both doors.
+
+``pytest tests/test_malformed.py -s`` prints the table of inputs and messages.
+"""
+
+import gzip
+import io
+import os
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from oasis_like import (
+    course_files,
+    neurite_files,
+    nifti,
+    subject_files,
+    write_tar,
+    write_tree,
+    write_zip,
+)
+from PIL import Image
+
+from oasis_helpers.__main__ import main
+from oasis_helpers.convert import T88, convert
+
+CASE = course_files({1: "train"})
+PNG = "keras_png_slices_data/keras_png_slices_train/case_001_slice_4.nii.png"
+MASK = "keras_png_slices_data/keras_png_slices_seg_train/seg_001_slice_4.nii.png"
+HEAD = np.zeros(T88, np.int16)
+HEAD[40:120, 60:150] = np.random.default_rng(1).integers(600, 900, (80, 90, T88[2]))  # no bomb, as in life
+LABELS = (HEAD > 0).astype(np.uint8)
+SUBJECT = subject_files(1, HEAD, LABELS)
+HDR, IMG = (next(n for n in SUBJECT if n.endswith(f"88_gfc.{end}")) for end in ("hdr", "img"))
+SEG = next(n for n in SUBJECT if n.endswith("fseg.img"))
+NEURITE = neurite_files([1])
+NORM, SEG4 = (next(n for n in NEURITE if n.endswith(end)) for end in ("norm.nii.gz", "seg4.nii.gz"))
+
+
+def zipped(name=PNG, content=b"x", **attributes):
+    """A course zip with one member more, whose entry has these attributes."""
+
+    def build(folder):
+        path = write_zip(folder / "course.zip", CASE)
+        entry = zipfile.ZipInfo(name)
+        entry.compress_type = zipfile.ZIP_DEFLATED
+        for key, value in attributes.items():
+            setattr(entry, key, value)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(entry, content)
+        return path
+
+    return build
+
+
+def zip_bytes(change, files=CASE):
+    """A course zip whose bytes were changed."""
+
+    def build(folder):
+        path = write_zip(folder / "course.zip", files)
+        path.write_bytes(change(bytearray(path.read_bytes())))
+        return path
+
+    return build
+
+
+def patched(signature, offset, content, *, last=False):
+    """Overwrite bytes behind the first (or last) record of a zip with this signature."""
+
+    def change(raw):
+        at = (raw.rfind if last else raw.find)(signature) + offset
+        raw[at : at + len(content)] = content
+        return raw
+
+    return change
+
+
+def tarred(name="x", kind=tarfile.REGTYPE, content=b"x", size=None, target="/etc/passwd"):
+    """A disc archive with one member more, of this kind and claimed size."""
+
+    def build(folder):
+        path = folder / "disc1.tar.gz"
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as archive:
+            for file, body in {**SUBJECT, name: content}.items():
+                entry = tarfile.TarInfo(file)
+                entry.size = len(body)
+                if file == name:
+                    entry.type, entry.linkname = kind, target
+                    if size is not None:
+                        raw.write(_claiming(entry, size))
+                        continue
+                archive.addfile(entry, io.BytesIO(body))
+        path.write_bytes(gzip.compress(raw.getvalue(), 1))
+        return path
+
+    return build
+
+
+def _claiming(entry, size):
+    entry.size = size
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+def disc_bytes(change):
+    def build(folder):
+        path = write_tar(folder / "disc1.tar.gz", SUBJECT)
+        path.write_bytes(change(bytearray(path.read_bytes())))
+        return path
+
+    return build
+
+
+def garbled_header(folder):
+    """The archive is sound gzip; the header of its fourth member is noise."""
+    raw = bytearray(gzip.decompress(write_tar(folder / "disc1.tar.gz", SUBJECT).read_bytes()))
+    at = raw.find(IMG.encode())
+    raw[at : at + 200] = os.urandom(200)
+    (folder / "disc1.tar.gz").write_bytes(gzip.compress(bytes(raw), 1))
+    return folder / "disc1.tar.gz"
+
+
+def million_entries(folder):
+    header = tarfile.TarInfo("OAS1_0001_MR1/x").tobuf()
+    with gzip.open(folder / "disc1.tar.gz", "wb", compresslevel=1) as archive:
+        for _ in range(1000):
+            archive.write(header * 1000)
+    return folder / "disc1.tar.gz"
+
+
+def pax_bomb(folder):
+    """An extended header that claims a gigabyte, which tarfile would read whole."""
+    entry = tarfile.TarInfo("pax")
+    entry.type = tarfile.XHDTYPE
+    with gzip.open(folder / "disc1.tar.gz", "wb", compresslevel=1) as archive:
+        archive.write(_claiming(entry, 2**30))
+        for _ in range(64):
+            archive.write(os.urandom(2**15) * 2)
+    return folder / "disc1.tar.gz"
+
+
+def raw_file(content, name="file.zip"):
+    def build(folder):
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return build
+
+
+def tree(files, **changes):
+    """Files in a folder; a change of None takes one away."""
+    wanted = {name: content for name, content in {**files, **changes}.items() if content is not None}
+    return lambda folder: write_tree(folder / "tree", wanted)
+
+
+def png(mode="L", size=(256, 256), **options):
+    written = io.BytesIO()
+    Image.new(mode, size, 0).save(written, format="PNG", **options)
+    return written.getvalue()
+
+
+def giant_png():
+    """A PNG of 900 megapixels in its header and 100 bytes in the file."""
+    raw = bytearray(png())
+    raw[16:24] = struct.pack(">II", 30_000, 30_000)
+    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
+    return bytes(raw)
+
+
+def nan_volume():
+    volume = HEAD.astype(np.float32)
+    volume[60, 70, 90] = np.nan
+    return volume
+
+
+def with_table(content):
+    def build(folder):
+        (folder / "table.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+        return write_tree(folder / "tree", CASE)
+
+    return build
+
+
+TABLE = ["--subjects", "table.csv"]
+COLUMNS = "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR\n"
+BIG = subject_files(1, HEAD, LABELS, scans=3)
+NOISE = np.random.default_rng(0).integers(0, 256, 2_000_000, dtype=np.uint8).tobytes()
+
+# name of the input: how to make it, what the message says, more arguments
+INPUTS = {
+    # -- what is not there, or is something else
+    "a path that does not exist": (lambda f: f / "no.zip", "does not exist"),
+    "an empty file": (raw_file(b""), "is empty: download it again"),
+    "a text file": (raw_file(b"hello " * 200), "not a zip, a tar or a tar.gz"),
+    "a folder of other things": (tree({"a/b.txt": b"x"}), "holds no file named like"),
+    "an empty zip": (lambda f: write_zip(f / "c.zip", {}), "holds no file named like"),
+    "gzip that is no tar": (raw_file(gzip.compress(NOISE), "d.tar.gz"), "cut or damaged"),
+    "a format that is not there": (tree(CASE), "no file named like OAS1_0001", ["--format", "oasis1"]),
+    # -- zips
+    "zip: path that climbs out": (zipped("../../evil.png"), "climbs out of its folder"),
+    "zip: climbs out with backslashes": (zipped("a\\..\\..\\evil.png"), "climbs out of its folder"),
+    "zip: absolute path": (zipped("/tmp/evil.png"), "absolute path"),
+    "zip: drive letter": (zipped("C:/evil.png"), "absolute path"),
+    "zip: control characters": (zipped("case\x07.png"), "control characters"),
+    "zip: symbolic link": (zipped("link", external_attr=0o120777 << 16), "the link 'link'"),
+    "zip: device": (zipped("dev", external_attr=0o060666 << 16), "the device or pipe 'dev'"),
+    "zip: bomb": (zipped("zeros.png", b"\0" * 40_000_000), "a bomb"),
+    "zip: many small bombs": (
+        lambda f: write_zip(f / "c.zip", {**CASE, **{f"{i}.png": b"\0" * 10_000_000 for i in range(30)}}),
+        "a bomb",
+    ),
+    "zip: member of 3 GB": (zip_bytes(patched(b"PK\1\2", 24, b"\0\0\0\xc0")), "no file of OASIS exceeds"),
+    "zip: 65,535 entries announced": (
+        zip_bytes(patched(b"PK\5\6", 8, b"\xff\xff\xff\xff", last=True)),
+        "announces 65,535 files",
+    ),
+    "zip: encrypted": (zip_bytes(patched(b"PK\1\2", 8, b"\1\0")), "is encrypted"),
+    "zip: cut": (zip_bytes(lambda raw: raw[: len(raw) // 2]), "no table of contents"),
+    "zip: directory garbled": (zip_bytes(patched(b"PK\1\2", 0, b"XXXX")), "cannot be opened"),
+    "zip: wrong checksum": (zip_bytes(patched(b"PK\1\2", 16, b"\1\2\3\4")), "cannot be unpacked"),
+    "zip: unknown compression": (
+        zip_bytes(lambda raw: patched(b"PK\1\2", 10, b"\x63\0")(patched(b"PK\3\4", 8, b"\x63\0")(raw))),
+        "cannot be unpacked",
+    ),
+    # -- tars
+    "tar: path that climbs out": (tarred("../evil.img"), "climbs out of its folder"),
+    "tar: absolute path": (tarred("/etc/evil"), "absolute path"),
+    "tar: symbolic link": (tarred("link", tarfile.SYMTYPE), "the link 'link'"),
+    "tar: hard link": (tarred("link", tarfile.LNKTYPE), "the link 'link'"),
+    "tar: device": (tarred("dev", tarfile.CHRTYPE), "the device or pipe 'dev'"),
+    "tar: pipe": (tarred("pipe", tarfile.FIFOTYPE), "the device or pipe 'pipe'"),
+    "tar: bomb": (
+        lambda f: write_tar(f / "disc1.tar.gz", {"zeros": b"\0" * 100_000_000, **SUBJECT}),
+        "a bomb",
+    ),
+    "tar: member of 3 GB": (tarred("big", size=3 * 2**30), "no file of OASIS exceeds"),
+    "tar: header of a gigabyte": (pax_bomb, "a bomb"),
+    "tar: a million entries": (million_entries, "a bomb|more than 100,000 files"),
+    "tar: cut": (disc_bytes(lambda raw: raw[: len(raw) // 2]), "cut or damaged"),
+    "tar: garbled in the middle": (
+        disc_bytes(lambda raw: raw[: len(raw) // 2] + bytes(2000) + raw[len(raw) // 2 + 2000 :]),
+        "cut or damaged",
+    ),
+    "tar: header garbled": (garbled_header, "cut or damaged|cannot be read"),
+    "tar: the course's PNGs": (lambda f: write_tar(f / "c.tar.gz", CASE), "Unpack it and give the folder"),
+    # -- PNGs
+    "png: RGB": (tree(CASE, **{PNG: png("RGB")}), "mode RGB, should be L"),
+    "png: RGBA": (tree(CASE, **{PNG: png("RGBA")}), "mode RGBA, should be L"),
+    "png: 16 bits": (tree(CASE, **{PNG: png("I;16")}), "mode I;16, should be L"),
+    "png: wrong size": (tree(CASE, **{PNG: png(size=(64, 64))}), "64×64, should be 256×256"),
+    "png: cut": (tree(CASE, **{PNG: CASE[PNG][:200]}), "is damaged"),
+    "png: no PNG": (tree(CASE, **{PNG: b"GIF89a nothing"}), "is no PNG; copy it again"),
+    "png: 900 megapixels": (tree(CASE, **{PNG: giant_png()}), "30000×30000, should be|is damaged"),
+    "png: two megabytes": (tree(CASE, **{PNG: NOISE}), "has 2 MB; a slice has 0.02"),
+    "png: slice missing": (tree(CASE, **{PNG: None}), "slices 4 are missing"),
+    "png: in two splits": (
+        tree(CASE, **{PNG.replace("train", "test"): CASE[PNG]}),
+        "is in test and train; keep it in one",
+    ),
+    "png: twice": (tree(CASE, **{f"again/{PNG}": CASE[PNG]}), "is there twice"),
+    "png: masks without images": (
+        tree({n: c for n, c in CASE.items() if "_seg_" in n}),
+        "it has masks and no image",
+    ),
+    # -- volumes
+    "analyze: no .hdr": (tree(SUBJECT, **{HDR: None}), "the .hdr beside the .img of the volume is missing"),
+    "analyze: no .img": (tree(SUBJECT, **{IMG: None}), "the .img beside the .hdr of the volume is missing"),
+    "analyze: .img cut": (
+        tree(SUBJECT, **{IMG: SUBJECT[IMG][:99]}),
+        "has 99 bytes, its header says 12,886,016",
+    ),
+    "analyze: .hdr cut": (tree(SUBJECT, **{HDR: SUBJECT[HDR][:99]}), "header of the volume cannot be read"),
+    "analyze: .hdr of noise": (
+        tree(SUBJECT, **{HDR: NOISE[:348]}),
+        "header of the volume cannot be read|is .*, should be 176×208×176",
+    ),
+    "analyze: another grid": (
+        tree(subject_files(1, np.ones((8, 9, 10), np.int16), None)),
+        "8×9×10, should be 176×208×176",
+    ),
+    "analyze: not a number": (tree(subject_files(1, nan_volume(), LABELS)), "values that are no numbers"),
+    "analyze: nothing in a plane": (tree(subject_files(1, HEAD * 0, LABELS)), "plane 73 is empty"),
+    "analyze: complex values": (tree(subject_files(1, HEAD.astype(np.complex64), LABELS)), "of type"),
+    "analyze: labels up to 7": (tree(subject_files(1, HEAD, LABELS * 7)), "mask holds values from 0 to 7"),
+    "analyze: mask cut": (tree(SUBJECT, **{SEG: SUBJECT[SEG][:50]}), "the .img of the mask has 50 bytes"),
+    "analyze: two averages": (tree(SUBJECT, **BIG), "is there twice; keep one"),
+    # -- neurite
+    "neurite: bomb": (tree(NEURITE, **{NORM: gzip.compress(bytes(50_000_000))}), "to more than 4 MB: a bomb"),
+    "neurite: another shape": (tree(NEURITE, **{NORM: nifti(np.ones((9, 9)))}), "should be 160×192"),
+    "neurite: labels of 9": (tree(NEURITE, **{SEG4: nifti(np.full((160, 192), 9.0))}), "other values than"),
+    "neurite: no image": (tree(NEURITE, **{NORM: None}), "slice_norm.nii.gz is missing"),
+    "neurite: cut": (tree(NEURITE, **{NORM: NEURITE[NORM][:80]}), "ends early|cannot be read"),
+    "neurite: no NIfTI": (tree(NEURITE, **{NORM: gzip.compress(b"x" * 4000)}), "cannot be read"),
+    # -- tables of subjects
+    "table: missing": (tree(CASE), "is not there", ["--subjects", "other.csv"]),
+    "table: spreadsheet": (with_table(b"PK\3\4 xlsx"), "is a spreadsheet", TABLE),
+    "table: not text": (with_table(b"\xff\xfe\0I\0D"), "is not text", TABLE),
+    "table: no age": (with_table("ID,M/F,CDR\n"), "has no column Age", TABLE),
+    "table: odd id": (with_table(COLUMNS + "sub-01,F,R,70,,,,0\n"), "line 2: ID is 'sub-01'", TABLE),
+    "table: odd age": (with_table(COLUMNS + "OAS1_0001_MR1,F,R,old,,,,0\n"), "line 2: Age is 'old'", TABLE),
+    "table: odd sex": (with_table(COLUMNS + "OAS1_0001_MR1,X,R,70,,,,0\n"), "line 2: M/F is 'X'", TABLE),
+    "table: odd CDR": (with_table(COLUMNS + "OAS1_0001_MR1,F,R,70,,,,9\n"), "line 2: CDR is '9'", TABLE),
+    # -- what was asked for
+    "--stripped of PNGs": (tree(CASE), "stripped is for OASIS-1", ["--stripped"]),
+    "--workers 0": (tree(CASE), "workers is 0: give 1 or more", ["--workers", "0"]),
+}
+
+
+def _outside(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if "out" not in p.parts)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_malformed(name, tmp_path, capsys, monkeypatch):
+    build, message, *more = INPUTS[name]
+    arguments = more[0] if more else []
+    monkeypatch.chdir(tmp_path)
+    source = build(tmp_path)
+    before = _outside(tmp_path)
+
+    code = main(["convert", str(source), str(tmp_path / "out"), *arguments])
+    found = capsys.readouterr()
+    assert code == 1
+    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
+    left_out = [line for line in found.out.splitlines() if line.startswith("left out: ")]
+    line = next((line for line in errors + left_out if re.search(message, line)), None)
+    assert line, errors + left_out
+    assert "Traceback" not in found.err
+    assert len(line) < 400
+    assert _outside(tmp_path) == before, "nothing is written outside OUT"
+    with capsys.disabled():
+        print(f"\n  {name:34} {line.replace(str(tmp_path), '…')[:150]}", end="")
+
+    settings = dict(zip(arguments[::2], arguments[1::2])) if "--stripped" not in arguments else {}
+    try:
+        report = convert(
+            source, tmp_path / "out2", settings.get("--format"), stripped="--stripped" in arguments,
+            subjects=settings.get("--subjects"), workers=int(settings.get("--workers", 1)),
+        )  # fmt: skip
+        said = report.left_out
+    except (ValueError, OSError) as error:
+        said = [str(error)]
+    assert any(re.search(message, line) for line in said)
+
+
+def test_out_must_not_be_a_file_or_inside_the_source(tmp_path):
+    source = write_tree(tmp_path / "tree", CASE)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        convert(source, tmp_path / "file")
+    with pytest.raises(FileExistsError, match="is inside"):
+        convert(source, source / "out")
+    with pytest.raises(ValueError, match="choose one of course, oasis1, neurite"):
+        convert(source, tmp_path / "out", "dicom")
+
+
+def test_a_good_case_beside_a_bad_one_is_converted(tmp_path):
+    files = course_files({1: "train", 402: "validate", 441: "test"})
+    report = convert(write_zip(tmp_path / "c.zip", {**files, PNG: png("RGB")}), tmp_path / "out")
+    assert report.converted == 2
+    assert len(report.left_out) == 1
+    assert "case 001: case_001_slice_4.nii.png has mode RGB" in report.left_out[0]
