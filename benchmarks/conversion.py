@@ -2,8 +2,8 @@
 
 ``make bench`` makes an archive like one of OASIS's discs from phantoms (40 subjects with their raw
 scans, which conversion has to pass), converts it in a fresh process, and measures seconds and peak
-memory of that process. Then a smaller disc is converted under ``kill -9`` at ten random
-moments (seed 0), finished, and compared byte by byte with an uninterrupted conversion.
+memory of that process. Then a smaller disc is converted ten times: killed with ``kill -9`` at a random
+moment (seed 0), run again, and compared byte by byte with an uninterrupted conversion.
 """
 
 from __future__ import annotations
@@ -73,17 +73,21 @@ def main() -> None:
             "peak memory, MB": megabytes,
         }
         _, whole, _ = measured(command(few, Path(folder) / "whole"), **quiet)
-        rng, noted = np.random.default_rng(0), []
-        for seconds in rng.uniform(0.3, whole, KILLS):
-            process = subprocess.Popen(command(few, Path(folder) / "killed"), **quiet)
-            time.sleep(seconds)
+        moments = np.random.default_rng(0).uniform(0.5, whole, KILLS)
+        noted, equal = [], []
+        for number, moment in enumerate(moments):
+            out = Path(folder) / f"killed-{number}"
+            process = subprocess.Popen(command(few, out), **quiet)
+            time.sleep(moment)
             process.kill()
             process.wait()
-            table = Path(folder) / "killed" / "conversion.csv"
+            table = out / "conversion.csv"
             noted.append(len(table.read_text().splitlines()) - 1 if table.exists() else 0)
-        subprocess.run(command(few, Path(folder) / "killed"), check=True, **quiet)
-        equal = digest(Path(folder) / "killed") == digest(Path(folder) / "whole")
-        result |= {"killed": KILLS, "cases whole after each kill": noted, "equal in the end": equal}
+            subprocess.run(command(few, out), check=True, **quiet)
+            equal.append(digest(out) == digest(Path(folder) / "whole"))
+        result["killed after s"] = [round(float(moment), 1) for moment in moments]
+        result[f"cases whole after the kill, of {FEW}"] = noted
+        result["equal to an uninterrupted conversion"] = f"{sum(equal)} of {KILLS}"
     for name, value in result.items():
         print(f"{name:<30} {value:10.1f}" if isinstance(value, float) else f"{name:<30} {value!s:>10}")
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

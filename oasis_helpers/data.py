@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from .layout import (
     DATASET_FOLDER,
+    PLANES,
     SIDE,
     SPLITS,
     DataLocation,
@@ -157,13 +158,15 @@ def load_slices(root: str | Path, image_size: int, cases: int | None = None) -> 
     """Every slice of a split folder in memory, uint8 (N, 1, image_size, image_size).
 
     Decoded and resized once, so that training reads memory and no PNG; at 64×64 the whole
-    OASIS training split is 40 MB. ``cases`` keeps the first so many cases. See
+    OASIS training split is 40 MB. ``cases`` keeps the first so many cases; of a set with one
+    slice a case (neurite-oasis) it keeps 32 times as many, to give as many slices. See
     :func:`to_unit_range` for the way to [−1, 1].
     """
     dataset = OASISDataset(root, transform=slice_transform(image_size))
     count = len(dataset)
     if cases is not None:
-        kept = set(sorted(set(dataset.case_ids))[:cases])
+        every = sorted(set(dataset.case_ids))
+        kept = set(every[: cases * PLANES if len(every) == count else cases])
         count = sum(case in kept for case in dataset.case_ids)
     slices = torch.empty((count, 1, image_size, image_size), dtype=torch.uint8)
     for i in tqdm(range(count), desc="slices", unit="slice", disable=count < 2000):

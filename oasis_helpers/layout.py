@@ -120,6 +120,15 @@ class DataLocation:
             raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}.")
         return self.root / f"{DATASET_FOLDER}{'_seg' if masks else ''}_{split}"
 
+    def needs_whole_cases(self) -> None:
+        """Raise ``ValueError`` if the cases have one slice each, as in neurite-oasis."""
+        keys = slices_in(self.train, "case")
+        if len(keys) == len({case for case, _ in keys}):
+            raise ValueError(
+                f"{self.root} has one slice a case, and this notebook compares the slices of a head. Use the "
+                "course set, OASIS-1 or phantoms (OASIS_ROOT unset) here, or go on with notebook 2, 3 or 4."
+            )
+
     @property
     def train(self) -> Path:
         return self.folder("train")

@@ -199,6 +199,17 @@ def test_a_case_in_two_splits(copy):
     assert "split leakage" in str(report)
 
 
+def test_a_set_with_one_slice_a_case(copy):
+    location = find_data(copy)
+    location.needs_whole_cases()
+    for path in copy.rglob("*.png"):
+        if "_slice_0" not in path.name:
+            path.unlink()
+    with pytest.raises(ValueError, match="one slice a case"):
+        location.needs_whole_cases()
+    assert len(load_slices(location.train, 16, cases=1)) == 2  # as many slices as a whole case, if there are
+
+
 def test_cases_that_are_not_whole_are_not_called_unmodified(copy, phantoms):
     report = check_dataset(copy)  # four slices a case, under OASIS names
     assert not report.ok
