@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "$(PYTHON) is older than 3.11. Install a newer Python and run: make PYTHON=python3.12 …"; exit 1; }
 	@echo "Installing the packages into $(VENV) (some minutes, 6 GB, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
 	$(PY) -c 'import torch, torchvision; print("torch", torch.__version__, "torchvision", torchvision.__version__)'
 	@touch $@
 

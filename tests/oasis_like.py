@@ -8,16 +8,16 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from oasis_helpers import phantoms
 from oasis_helpers.convert import FIRST_PLANE, NEURITE, T88
 from oasis_helpers.layout import COLS, DATASET_FOLDER, PLANES, ROWS, SIDE, png_bytes
-from oasis_helpers.phantoms import _load_template, _render
 
 SCAN = "OAS1_{case:04d}_MR{session}"
 
 
 def phantom_volume() -> tuple[np.ndarray, np.ndarray]:
     """A head (int16, up to about 3,000) and its labels (0–3) on the T88 grid, from one phantom."""
-    images, masks, _ = _render(_load_template(), 1, "train", PLANES, 0)
+    images, masks, _ = phantoms._render(phantoms._load_template(), 1, "train", PLANES, 0)
     top, left = (SIDE - ROWS) // 2, (SIDE - COLS) // 2
     planes = np.moveaxis(images[:, top : top + ROWS, left : left + COLS], 0, 2)
     labels = np.moveaxis(masks[:, top : top + ROWS, left : left + COLS], 0, 2) // 85

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oasis_helpers import phantoms as module
 from oasis_helpers.data import OASISDataset, check_dataset
-from oasis_helpers.phantoms import PhantomFactors, _load_template, _render, make_phantoms
+from oasis_helpers.phantoms import PhantomFactors, _render, make_phantoms
 
 
 def _digests(root):
@@ -146,7 +147,7 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def rendered():
     """Eight whole cases, not written to disk: images, masks (slices, 256, 256) and factors."""
-    template = _load_template()
+    template = module._load_template()
     cases = [_render(template, case, "train", 32, 0) for case in range(1, 9)]
     images, masks = (np.concatenate([c[i] for c in cases]) for i in (0, 1))
     return images.astype(float), masks, [c[2] for c in cases]
