@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,32 +44,44 @@ def _check(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from .data import find_data, load_slices
-    from .training import PROFILES, pick_device, save_checkpoint, save_weights, train
+    from .training import PROFILES, pick_device, train_to
 
-    out = Path(args.out)
-    checkpoint = out.with_name(out.stem + ".checkpoint.safetensors")
-    for path in (out, checkpoint):
-        if path.exists() and not args.resume:
-            raise FileExistsError(f"{path} exists. Give another --out, or --resume to go on with that run.")
-    if out.exists():
-        raise FileExistsError(f"{out} exists: that run is finished. Give another --out.")
-    config = PROFILES[args.profile]
-    config = replace(config, **{k: v for k in ("steps", "seed") if (v := getattr(args, k)) is not None})
+    config = _with_settings(PROFILES[args.profile], args.set)
     location = find_data(args.data)
+    quiet = int(os.environ.get("RANK", 0)) > 0  # accelerate launch starts several; one talks
     device = pick_device()
-    print(f"{location}; {args.profile} profile, {config.steps} steps on {device}", flush=True)
+    if not quiet:
+        print(f"{location}; {args.profile} profile, {config.steps} steps on {device}", flush=True)
     slices = load_slices(location.train, config.image_size)
-    resume = checkpoint if args.resume else None
-    with tqdm(total=config.steps, unit="step") as bar:
-        for state in train(config, slices, device=device, resume=resume):
+    states = train_to(
+        args.out, config, slices, resume=args.resume, every=args.every, data=location.kind, device=str(device)
+    )
+    with tqdm(total=config.steps, unit="step", disable=quiet) as bar:
+        for state in states:
             bar.update(state.step - bar.n)
             bar.set_postfix(loss=f"{state.loss:.4f}", img_s=f"{state.images_per_second:.0f}")
-            if state.step % args.every == 0 or state.step == config.steps:
-                save_checkpoint(checkpoint, state)
-    save_weights(out, state.ema.model, config, data=location.kind, steps=str(state.step), device=str(device))
-    checkpoint.unlink()
-    print(f"weights in {out}")
+    if not quiet:
+        print(f"weights in {args.out}")
     return 0
+
+
+def _with_settings(config, settings: list[str]):
+    """``config`` with each ``key=value`` of ``--set`` in the place of the profile's."""
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in {f.name for f in fields(config)}:
+            known = ", ".join(f.name for f in fields(config))
+            raise ValueError(f"--set {setting}: give key=value with one of the keys {known}.")
+        try:
+            changes[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key] = value  # a word, such as cosine
+        now = getattr(config, key)
+        right = (int, float) if isinstance(now, float) or now is None else type(now)
+        if not isinstance(changes[key], right):
+            raise ValueError(f"--set {setting}: {key} is now {now!r}; give a value of the same kind.")
+    return replace(config, **changes)
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -131,8 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", choices=("quick", "laptop", "full"), default="quick")
     p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
     p.add_argument("--out", default="runs/weights.safetensors", help="file for the weights")
-    p.add_argument("--steps", type=int, help="instead of the profile's")
-    p.add_argument("--seed", type=int, help="instead of the profile's")
+    p.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="instead of the profile's, as steps=1000",
+    )
     p.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
     p.set_defaults(run=_train)
@@ -153,11 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(stop.args[0] if stop.args else "stopped", file=sys.stderr)
         return 130
 
 

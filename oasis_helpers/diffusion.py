@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -199,6 +200,20 @@ def _check_T(T: int) -> None:
         raise ValueError(f"T is {T}: a schedule needs at least one step.")
 
 
+LOSSES = ("l2", "l1", "huber")
+
+
+def min_snr_weight(schedule: NoiseSchedule, t: Tensor, prediction: str, gamma: float) -> Tensor:
+    """The weight of each image's loss, shape of ``t``, that trains as if its SNR were at most ``gamma``.
+
+    Hang et al. 2023 (arXiv 2303.09556): min(SNR, γ) times the error of x₀. As a factor of the error
+    that the network makes, that is min(SNR, γ)/SNR for ε, min(SNR, γ) for x₀ and min(SNR, γ)/(SNR + 1) for v.
+    """
+    snr = schedule.snr().to(t.device)[t].float()
+    divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction]
+    return snr.clamp(max=gamma) / divisor
+
+
 def diffusion_loss(
     model,
     schedule: NoiseSchedule,
@@ -207,12 +222,21 @@ def diffusion_loss(
     noise: Tensor,
     prediction: str = "epsilon",
     y: Tensor | None = None,
+    *,
+    loss: str = "l2",
+    min_snr_gamma: float | None = None,
 ) -> Tensor:
-    """Mean squared error of each image, (B,), between the model's output at x_t and its target.
+    """Mean error of each image, (B,), between the model's output at x_t and its target.
 
-    With ``prediction="epsilon"`` this is L_simple of Ho et al. 2020, eq. 14. ``x0`` and
-    ``noise``: (B, C, H, W); ``t``: (B,). Not averaged over the batch, so that a caller can
-    weight it or sort it by timestep.
+    With ``prediction="epsilon"`` and ``loss="l2"`` this is L_simple of Ho et al. 2020, eq. 14; "l1"
+    is the absolute error, "huber" half the square below 1 and linear above. ``min_snr_gamma``
+    weights by :func:`min_snr_weight`. ``x0`` and ``noise``: (B, C, H, W); ``t``: (B,). Not averaged
+    over the batch, so that a caller can sort it by timestep.
     """
-    output = model(schedule.q_sample(x0, t, noise), t, y)
-    return (output.float() - schedule.target(x0, noise, t, prediction)).square().flatten(1).mean(1)
+    output = model(schedule.q_sample(x0, t, noise), t, y).float()
+    target = schedule.target(x0, noise, t, prediction)
+    error = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss](output, target, reduction="none")
+    each = error.flatten(1).mean(1)
+    if min_snr_gamma is not None:
+        each = each * min_snr_weight(schedule, t, prediction, min_snr_gamma)
+    return each

@@ -1,8 +1,9 @@
-"""Training: a loop that yields its state, EMA, mixed precision, checkpoints and resume.
+"""Training: a loop that yields its state, EMA, mixed precision, several processes, checkpoints, resume.
 
-The loop draws nothing and prints nothing; whoever iterates over it decides what to show. All
-randomness of step n comes from (seed, n), so a resumed run repeats the uninterrupted one bit
-for bit on the same machine.
+The loop draws nothing and prints nothing; whoever iterates over it decides what to show.
+:func:`train` computes, :func:`train_to` adds the files of a run. All randomness of step n comes
+from (seed, n), so a resumed run repeats the uninterrupted one bit for bit on the same machine.
+Started by ``accelerate launch``, each process takes its share of every batch.
 
 Sources: algorithm 1 of DDPM, Ho et al. 2020 (arXiv 2006.11239), with its EMA; AdamW,
 Loshchilov & Hutter 2019 (arXiv 1711.05101); gradient clipping, Pascanu et al. 2013
@@ -15,23 +16,32 @@ import copy
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .data import to_unit_range
-from .diffusion import NoiseSchedule, check_prediction, diffusion_loss
+from .diffusion import LOSSES, NoiseSchedule, check_prediction, diffusion_loss
 from .unet import UNet
 
 FORMAT = 1  # of weight and checkpoint files
+_CHOICES = {
+    "precision": ("fp32", "bf16", "auto"),
+    "lr_schedule": ("cosine", "linear", "constant"),
+    "loss": LOSSES,
+}
 WEIGHTS = Path(__file__).parent / "weights" / "phantoms-64.safetensors"
 
 
@@ -41,8 +51,11 @@ class TrainConfig:
 
     ``image_size`` in pixels; the network's settings as in :class:`~oasis_helpers.unet.UNet`;
     ``T``, ``schedule`` and ``prediction`` as in :mod:`~oasis_helpers.diffusion`; ``lr`` is the
-    peak of a linear warm-up over ``warmup`` steps and a cosine to zero at ``steps``;
-    ``grad_clip`` the largest gradient norm; ``precision`` "fp32", or "bf16" for autocast.
+    peak of a linear warm-up over ``warmup`` steps, then "cosine" or "linear" to zero at
+    ``steps`` or "constant"; ``loss`` and ``min_snr_gamma`` as in
+    :func:`~oasis_helpers.diffusion.diffusion_loss`; ``batch_size`` counts over all processes
+    and is computed in ``accumulate`` parts; ``grad_clip`` is the largest gradient norm;
+    ``precision`` "fp32", "bf16" for autocast, or "auto" for the faster of the two here.
     """
 
     image_size: int = 64
@@ -58,20 +71,29 @@ class TrainConfig:
     batch_size: int = 16
     lr: float = 1e-3
     warmup: int = 50
+    lr_schedule: str = "cosine"
+    loss: str = "l2"
+    min_snr_gamma: float | None = None
+    accumulate: int = 1
     weight_decay: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("image_size", "T", "steps", "batch_size", "lr", "grad_clip"):
+        for name in ("image_size", "T", "steps", "batch_size", "accumulate", "lr", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number above 0.")
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}: give a number above 0, or None.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: give a number in [0, 1).")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {self.precision!r}: choose 'fp32' or 'bf16'.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
         check_prediction(self.prediction)
         # JSON has no tuples; a configuration read back must equal the one written.
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
@@ -121,11 +143,12 @@ def pick_device() -> torch.device:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to ``config.lr``, then half a cosine down to zero at ``config.steps``."""
+    """Linear warm-up to ``config.lr``, then the way down (or not) that ``config.lr_schedule`` names."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.lr * left[config.lr_schedule]
 
 
 class EMA:
@@ -152,8 +175,10 @@ class EMA:
 class TrainState:
     """What :func:`train` yields after every step; the networks are live, not copies.
 
-    ``step`` counts finished steps from 1; ``loss`` is the batch's mean; ``grad_norm`` is before
-    clipping; ``images_per_second`` counts from this call's first step.
+    ``step`` counts finished steps from 1; ``loss`` is the mean over the batch of all processes;
+    ``grad_norm`` is before clipping; ``images_per_second`` counts from this call's first step.
+    ``config`` is the one in effect: precision "auto" resolved, ``accumulate`` raised where memory
+    was short. Only the process with ``is_main`` should write files.
     """
 
     step: int
@@ -165,6 +190,7 @@ class TrainState:
     ema: EMA
     optimizer: torch.optim.Optimizer
     config: TrainConfig
+    is_main: bool = True
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
@@ -208,7 +234,8 @@ def train(
     :func:`~oasis_helpers.data.load_slices`. ``resume`` is a checkpoint file written by
     :func:`save_checkpoint` of the same configuration (``steps`` may differ). Raises ``ValueError``
     for images of another size or type, and ``FloatingPointError`` when the loss is no longer a
-    number. Ho et al. 2020, algorithm 1.
+    number. Where memory is short, a batch is computed in more parts; ``MemoryError`` if one image is
+    too much. Ho et al. 2020, algorithm 1.
     """
     if slices.dtype != torch.uint8 or slices.ndim != 4 or slices.shape[1] != 1 or len(slices) == 0:
         raise ValueError(
@@ -220,31 +247,49 @@ def train(
             f"slices are {slices.shape[-2]}×{slices.shape[-1]}, the configuration says {config.image_size}×"
             f"{config.image_size}: load them with load_slices(root, {config.image_size})."
         )
-    device = torch.device(device) if device is not None else pick_device()
+    accelerator = _accelerator(device)
+    device, processes = accelerator.device, accelerator.num_processes
+    if config.batch_size % (processes * config.accumulate):
+        raise ValueError(
+            f"batch_size {config.batch_size} does not fit {processes} processes in {config.accumulate} "
+            f"parts each: choose a multiple of {processes * config.accumulate}."
+        )
     schedule = config.make_schedule()
     model = config.make_model().to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
     )
-    first = 0 if resume is None else _load_checkpoint(resume, config, model, ema, optimizer)
+    first = 0
+    if resume is not None:
+        first, config = _load_checkpoint(resume, config, model, ema, optimizer)
+    if config.precision == "auto":
+        config = replace(config, precision=faster_precision(model, config))
+    parallel = accelerator.prepare_model(torch.compile(model) if config.compile else model)
+    mine = slice(accelerator.process_index, None, processes)
 
     started = time.perf_counter()
     for step in range(first, config.steps):
         generator = _step_generator(config.seed, step)
-        x0 = to_unit_range(slices[_batch_indices(len(slices), config, step)]).to(device)
-        t = torch.randint(0, config.T, (len(x0),), generator=generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        picked = _batch_indices(len(slices), config, step)
+        t = torch.randint(0, config.T, (config.batch_size,), generator=generator)
+        noise = torch.randn((config.batch_size, *slices.shape[1:]), generator=generator)
+        batch = (to_unit_range(slices[picked[mine]]), t[mine], noise[mine])  # this process's share
 
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with autocast(config, device):
-            loss = diffusion_loss(model, schedule, x0, t, noise, config.prediction).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        while True:
+            try:
+                optimizer.zero_grad(set_to_none=True)
+                loss = _backward(accelerator, parallel, schedule, batch, config)
+                break
+            except torch.OutOfMemoryError as error:
+                config = _smaller_parts(config, processes, error)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        value = float(loss.detach())
+        value = float(accelerator.reduce(loss, "mean"))
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {step}: the weights are still those of step {step}. "
@@ -253,7 +298,213 @@ def train(
         optimizer.step()
         ema.update(model)
         rate = (step + 1 - first) * config.batch_size / (time.perf_counter() - started)
-        yield TrainState(step + 1, value, lr, float(grad_norm), rate, model, ema, optimizer, config)
+        yield TrainState(
+            step + 1, value, lr, float(grad_norm), rate, model, ema, optimizer, config,
+            accelerator.is_main_process,
+        )  # fmt: skip
+
+
+def _accelerator(device: torch.device | str | None) -> Accelerator:
+    """The processes and the device of this run. ``device`` overrides accelerate's own choice."""
+    on_cpu = (torch.device(device) if device is not None else pick_device()).type == "cpu"
+    # accelerate keeps one state a process and refuses another device; a notebook trains on several.
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=not several)
+    return Accelerator(cpu=on_cpu)
+
+
+def _backward(
+    accelerator: Accelerator, model: nn.Module, schedule: NoiseSchedule, batch: tuple[Tensor, ...], config
+) -> Tensor:
+    """Gradients of one step in ``config.accumulate`` parts; the mean loss, detached."""
+    total = torch.zeros((), device=accelerator.device)
+    parts = list(zip(*(part.chunk(config.accumulate) for part in batch)))
+    for number, part in enumerate(parts, 1):
+        x0, t, noise = (tensor.to(accelerator.device) for tensor in part)
+        # Several processes add up their gradients once, after the last part.
+        with accelerator.no_sync(model) if number < len(parts) else nullcontext():
+            with autocast(config, accelerator.device):
+                each = diffusion_loss(
+                    model, schedule, x0, t, noise, config.prediction,
+                    loss=config.loss, min_snr_gamma=config.min_snr_gamma,
+                )  # fmt: skip
+            loss = each.sum() / len(batch[0])
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _smaller_parts(config: TrainConfig, processes: int, error: Exception) -> TrainConfig:
+    """The same batch in twice as many parts, or ``MemoryError`` if one image is too much already."""
+    share = config.batch_size // processes
+    if share // config.accumulate <= 1 or share % (2 * config.accumulate):
+        raise MemoryError(
+            f"{share // config.accumulate} images of {config.image_size}×{config.image_size} at once do not "
+            "fit in memory. Choose a smaller network or image size, or a batch_size that is a power of two."
+        ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return replace(config, accumulate=2 * config.accumulate)
+
+
+def faster_precision(model: nn.Module, config: TrainConfig) -> str:
+    """ "bf16" if a training step in autocast is at least a tenth faster here than in fp32, else "fp32"."""
+    device = next(model.parameters()).device
+    trial = copy.deepcopy(model)
+    images = torch.zeros((config.batch_size, 1, config.image_size, config.image_size), device=device)
+    seconds = {}
+    for precision in ("fp32", "bf16"):
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            with autocast(replace(config, precision=precision), device):
+                output = trial(images, torch.zeros(config.batch_size, dtype=torch.long, device=device))
+            output.float().square().mean().backward()
+            float(next(trial.parameters()).grad.sum())  # waits until the device is done
+            times.append(time.perf_counter() - started)
+        seconds[precision] = min(times)
+    return "bf16" if seconds["bf16"] < 0.9 * seconds["fp32"] else "fp32"
+
+
+def checkpoints(out: str | Path) -> list[Path]:
+    """The checkpoints of the run that will end in the weights ``out``, oldest first."""
+    out = Path(out).expanduser()
+    return sorted(out.parent.glob(f"{out.stem}.step*.checkpoint.safetensors"))
+
+
+def train_to(
+    out: str | Path,
+    config: TrainConfig,
+    slices: Tensor,
+    *,
+    device: torch.device | str | None = None,
+    resume: bool = False,
+    every: int = 500,
+    keep: int = 2,
+    **card: str,
+) -> Iterator[TrainState]:
+    """:func:`train` with the files of a run, and a way to stop it.
+
+    Beside the weights ``out``, written at the end with ``card`` in their metadata: ``out``'s name
+    with ``.csv`` has a line of metrics a step (and with ``.tensorboard`` the same for TensorBoard,
+    where that is installed), ``.stepN.checkpoint.safetensors`` the state at every ``every``-th
+    step. The last ``keep`` are kept until the end. ``resume`` goes on from the newest that is
+    whole. Ctrl-C lets the step end, writes a checkpoint and raises ``KeyboardInterrupt`` that
+    names it; a second Ctrl-C stops at once. Raises ``FileExistsError`` rather than overwrite a
+    run, and what :func:`train` raises.
+    """
+    out = Path(out).expanduser()
+    if out.exists():
+        raise FileExistsError(f"{out} exists: that run is finished. Give another name.")
+    if checkpoints(out) and not resume:
+        raise FileExistsError(
+            f"{checkpoints(out)[-1]} exists. Give another name, or resume (--resume) to go on with that run."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = _newest_whole(out) if resume else None
+    for left_over in out.parent.glob(f".{out.stem}.*.part"):  # a checkpoint cut by a hard stop
+        left_over.unlink(missing_ok=True)
+    log, state = _Log(out, start), None
+    with _ends_after_the_step() as interrupted:
+        try:
+            for state in train(config, slices, device=device, resume=start):
+                if state.is_main:
+                    log.write(state)
+                    if state.step % every == 0:
+                        _keep(out, state, keep)
+                yield state
+                if interrupted:
+                    if state.is_main:
+                        _keep(out, state, keep)
+                    break
+        except FloatingPointError as error:
+            last = checkpoints(out)
+            raise FloatingPointError(
+                f"{error} {f'The last is {last[-1]}.' if last else 'There is none yet.'}"
+            ) from None
+        finally:
+            log.close()
+    if interrupted and state.step < config.steps:
+        raise KeyboardInterrupt(f"stopped after step {state.step}; {checkpoints(out)[-1]} has all to go on")
+    if state is not None and state.is_main:
+        save_weights(out, state.ema.model, state.config, steps=str(state.step), **card)
+        for path in checkpoints(out):
+            path.unlink()
+
+
+def _keep(out: Path, state: TrainState, keep: int) -> None:
+    """Write a checkpoint of ``state`` and delete all but the last ``keep``."""
+    save_checkpoint(out.with_name(f"{out.stem}.step{state.step:07d}.checkpoint.safetensors"), state)
+    for old in checkpoints(out)[:-keep]:
+        old.unlink()
+
+
+def _newest_whole(out: Path) -> Path:
+    found = checkpoints(out)
+    for path in reversed(found):
+        try:
+            with safe_open(path, "pt") as file:
+                if "step" in (file.metadata() or {}):
+                    return path
+        except (SafetensorError, OSError):
+            continue  # cut short by a full disk or a hard stop; the one before is whole
+    raise FileNotFoundError(
+        f"{out} has no whole checkpoint beside it ({len(found)} found): start without resume."
+    )
+
+
+class _Log:
+    """Metrics of a run: a CSV, and TensorBoard where it is installed."""
+
+    COLUMNS = ("step", "loss", "lr", "grad_norm", "images_per_second")
+
+    def __init__(self, out: Path, start: Path | None):
+        path, lines = out.with_suffix(".csv"), [",".join(self.COLUMNS)]
+        if start is not None and path.exists():  # what came after the checkpoint will come again
+            step = int(start.name.split(".step")[-1].split(".")[0])
+            lines += [line for line in path.read_text().splitlines()[1:] if int(line.split(",")[0]) <= step]
+        if int(os.environ.get("RANK", 0)) > 0:
+            path = Path(os.devnull)
+        self.file = path.open("w", encoding="utf-8", buffering=1)
+        self.file.write("\n".join(lines) + "\n")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out.with_suffix(".tensorboard"))
+        except ImportError:
+            self.board = None
+
+    def write(self, state: TrainState) -> None:
+        values = [getattr(state, name) for name in self.COLUMNS]
+        self.file.write(",".join(f"{value:.6g}" for value in values) + "\n")
+        if self.board is not None:
+            for name, value in zip(self.COLUMNS[1:], values[1:]):
+                self.board.add_scalar(name, value, state.step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+@contextmanager
+def _ends_after_the_step() -> Iterator[list[int]]:
+    """A list that is no longer empty after Ctrl-C; the second Ctrl-C works as ever."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set signal handlers
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @torch.no_grad()
@@ -345,7 +596,10 @@ def _read_config(metadata: dict[str, str], path: Path) -> TrainConfig:
         raise ValueError(
             f"{path} has format {metadata['format']}, this version reads {FORMAT}: update oasis_helpers."
         )
-    return TrainConfig(**json.loads(metadata["config"]))
+    stored = json.loads(metadata["config"])
+    if unknown := sorted(set(stored) - {f.name for f in fields(TrainConfig)}):
+        raise ValueError(f"{path} has unknown settings ({', '.join(unknown)}): update oasis_helpers.")
+    return TrainConfig(**stored)
 
 
 def save_checkpoint(path: str | Path, state: TrainState) -> None:
@@ -372,8 +626,8 @@ def save_checkpoint(path: str | Path, state: TrainState) -> None:
 
 def _load_checkpoint(
     path: str | Path, config: TrainConfig, model: UNet, ema: EMA, optimizer: torch.optim.Optimizer
-) -> int:
-    """Restore all of a run from ``path``; returns the number of finished steps."""
+) -> tuple[int, TrainConfig]:
+    """Restore all of a run from ``path``: the number of finished steps and the configuration in effect."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: there is no checkpoint to resume from.")
@@ -386,10 +640,14 @@ def _load_checkpoint(
     stored = _read_config(metadata, path)
     if "step" not in metadata:
         raise ValueError(f"{path} holds weights only; resume needs a checkpoint of save_checkpoint.")
-    if replace(stored, steps=config.steps) != config:
+    # What a run finds out for itself (precision, parts) is taken over; how long it lasts may change.
+    found_out = {"steps": config.steps, "accumulate": config.accumulate}
+    if config.precision == "auto":
+        config = replace(config, precision=stored.precision)
+    if replace(stored, **found_out) != config:
         ours, theirs = asdict(config), asdict(stored)
         differing = ", ".join(
-            f"{k} {theirs[k]} ≠ {ours[k]}" for k in ours if k != "steps" and ours[k] != theirs[k]
+            f"{k} {theirs[k]} ≠ {ours[k]}" for k in ours if k not in found_out and ours[k] != theirs[k]
         )
         raise ValueError(f"{path} was trained otherwise ({differing}). Use its configuration, or start anew.")
 
@@ -404,4 +662,4 @@ def _load_checkpoint(
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+    return int(metadata["step"]), config

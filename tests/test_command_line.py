@@ -50,7 +50,7 @@ def test_train_interrupted_resumed_and_sampled(phantoms, tmp_path, monkeypatch, 
     )
     monkeypatch.setitem(training.PROFILES, "quick", tiny)
     out = tmp_path / "w.safetensors"
-    train = ["train", "--data", str(phantoms.root), "--out", str(out), "--steps", "4", "--every", "2"]
+    train = ["train", "--data", str(phantoms.root), "--out", str(out), "--every", "2", "--set", "steps=4"]
     original = training.save_checkpoint
 
     def stop_after_saving(path, state):
@@ -64,7 +64,7 @@ def test_train_interrupted_resumed_and_sampled(phantoms, tmp_path, monkeypatch, 
     assert "--resume" in capsys.readouterr().err
     monkeypatch.setattr(training, "save_checkpoint", original)
     assert main([*train, "--resume"]) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w.csv", "w.safetensors"]
     assert main([*train, "--resume"]) == 1
     picture = tmp_path / "s.png"
     sample = ["sample", "--weights", str(out), "--out", str(picture), "--number", "2", "--steps", "3"]
@@ -81,6 +81,9 @@ def test_train_interrupted_resumed_and_sampled(phantoms, tmp_path, monkeypatch, 
         (["train", "--data", "no/such/place", "--out", "no/w"], "does not exist"),
         (["sample", "--weights", "no.safetensors", "--out", "no.png"], "does not exist"),
         (["phantoms", "no/place", "--slices", "0"], "1 to 32"),
+        (["train", "--set", "stepz=3"], "one of the keys image_size"),
+        (["train", "--set", "steps=many"], "steps is now 200; give a value of the same kind"),
+        (["train", "--set", "loss=l3"], "choose one of l2, l1, huber"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
@@ -89,5 +92,5 @@ def test_a_mistake_is_one_line(arguments, message):
     )
     assert result.returncode == 1
     assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert "Traceback" not in result.stderr
