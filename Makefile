@@ -56,9 +56,10 @@ figures: phantoms ## redraw the pictures in figures/
 fuzz: $(READY) ## damaged archives and pictures by the thousand (some minutes)
 	$(PY) -m pytest tests/fuzz.py -q -p no:cacheprovider
 
-bench: phantoms ## measure phantoms, loading and conversion
+bench: phantoms ## measure phantoms, loading, conversion and resuming
 	$(PY) benchmarks/data.py
 	$(PY) benchmarks/conversion.py
+	$(PY) benchmarks/resume.py
 
 clean: ## remove the environment and caches of this checkout
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage build *.egg-info
