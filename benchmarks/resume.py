@@ -1,9 +1,10 @@
 """Does a run that is killed while it writes checkpoints lose more than one interval?
 
 ``python benchmarks/resume.py`` starts a small training run that writes a checkpoint after every
-second step, kills it with ``kill -9`` twenty times, each at a random moment (seed 0) after it began to write one, and
-resumes it. It notes the last step in the metrics before the kill and the step the resumed run went on
-from; then the run is finished and its weights compared with those of an uninterrupted run.
+second step, kills it with ``kill -9`` twenty times, each at a random moment (seed 0) after it
+began to write one, and resumes it. It notes how many steps of the metrics the newest whole
+checkpoint lacks; then the run is finished and its weights compared with those of an
+uninterrupted run.
 """
 
 from __future__ import annotations
