@@ -491,10 +491,11 @@ class _Log:
 def _ends_after_the_step() -> Iterator[list[int]]:
     """A list that is no longer empty after Ctrl-C; the second Ctrl-C works as ever."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may set signal handlers
-        return
     before = signal.getsignal(signal.SIGINT)
+    # Only the main thread may set signal handlers; a job in the background ignores Ctrl-C.
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield received
+        return
 
     def note(number, frame):
         received.append(number)

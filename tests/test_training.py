@@ -385,7 +385,23 @@ def test_a_loss_that_explodes_names_the_last_checkpoint(tmp_path):
         list(training.train_to(tmp_path / "run.safetensors", config, SLICES, device="cpu", every=1))
 
 
-def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path):
+@pytest.fixture
+def foreground():
+    """Ctrl-C raises, as in a terminal: a test run in the background would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_background_is_ignored(tmp_path, foreground):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for state in training.train_to(tmp_path / "run.safetensors", TINY, SLICES, device="cpu"):
+        if state.step == 2:
+            signal.raise_signal(signal.SIGINT)
+    assert state.step == TINY.steps
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(tmp_path, foreground):
     out = tmp_path / "run.safetensors"
     seen = []
 
