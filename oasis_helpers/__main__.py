@@ -160,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", help="file of weights (default: those that ship)")
     p.add_argument("--out", default="samples.png", help="PNG to write")
     p.add_argument("--number", type=int, default=16)
-    p.add_argument("--method", choices=("ddpm", "ddim"), default="ddim")
-    p.add_argument("--steps", type=int, default=50, help="for ddim")
+    p.add_argument("--method", choices=("ddpm", "ddim", "dpm_solver", "heun"), default="ddim")
+    p.add_argument("--steps", type=int, default=50, help="not for ddpm, which takes all")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_sample)
     return parser

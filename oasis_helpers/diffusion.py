@@ -28,10 +28,10 @@ def check_prediction(prediction: str) -> None:
 class NoiseSchedule:
     """How much noise each of T steps adds, and every closed form that follows from it.
 
-    ``betas``: T variances in (0, 1). Kept in float64 (small differences of numbers near 1
-    lose digits in float32); results have the dtype and device of the images given.
-    ``alphas_cumprod`` (T,) is strictly decreasing in (0, 1). Raises ``ValueError`` for
-    betas that are not one-dimensional or leave (0, 1).
+    ``betas``: T variances in (0, 1); the last may be 1 (then no signal is left at T − 1). Kept in
+    float64 (small differences of numbers near 1 lose digits in float32); results have the dtype
+    and device of the images given. ``alphas_cumprod`` (T,) is strictly decreasing in (0, 1),
+    or to 0. Raises ``ValueError`` for betas that are not one-dimensional or leave (0, 1).
     """
 
     def __init__(self, betas: Tensor, name: str = "custom"):
@@ -39,6 +39,7 @@ class NoiseSchedule:
         if betas.ndim != 1 or len(betas) == 0:
             raise ValueError(f"betas has shape {tuple(betas.shape)}: give one number per step, shape (T,).")
         outside = ~((betas > 0) & (betas < 1))
+        outside[-1] &= betas[-1] != 1
         if outside.any():
             first = int(outside.nonzero()[0])
             raise ValueError(f"betas[{first}] is {float(betas[first]):g}: every beta must lie in (0, 1).")
@@ -102,6 +103,17 @@ class NoiseSchedule:
             raise ValueError(f"schedule is {name!r}: choose one of {', '.join(makers)}.")
         return makers[name](T)
 
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """The same schedule, √ᾱ shifted and scaled so that no signal is left at T − 1.
+
+        The first step stays as it is. Lin et al. 2024 (arXiv 2305.08891), algorithm 1. Such a schedule
+        needs a network that predicts v or the image: at T − 1 the noise says nothing of the image.
+        """
+        root = self.alphas_cumprod.sqrt()
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+        alphas = torch.cat([root[:1] ** 2, (root[1:] / root[:-1]) ** 2])
+        return type(self)(1 - alphas, f"{self.name}, zero terminal SNR")
+
     @classmethod
     def _from_curve(cls, alphas_cumprod: Tensor, name: str) -> NoiseSchedule:
         """betas from ᾱ at T + 1 points, the first of them "no noise"."""
@@ -112,6 +124,10 @@ class NoiseSchedule:
     def snr(self) -> Tensor:
         """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t) of every step, shape (T,), float64."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    def log_snr(self) -> Tensor:
+        """λ_t = ½ log SNR of every step, shape (T,), float64 (Lu et al. 2022, arXiv 2211.01095)."""
+        return 0.5 * self.snr().log()
 
     def _at(self, values: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
         """``values[t]``, shaped to multiply a batch like ``like``."""
@@ -181,6 +197,11 @@ class NoiseSchedule:
             return output
         signal, sigma = self._mix(t, x_t)
         if prediction == "epsilon":
+            if (signal == 0).any():
+                raise ValueError(
+                    "no signal is left at this timestep, so the noise says nothing of the image: "
+                    "use a network that predicts v or the image."
+                )
             return (x_t - sigma * output) / signal
         return signal * x_t - sigma * output
 
@@ -210,8 +231,9 @@ def min_snr_weight(schedule: NoiseSchedule, t: Tensor, prediction: str, gamma: f
     that the network makes, that is min(SNR, γ)/SNR for ε, min(SNR, γ) for x₀ and min(SNR, γ)/(SNR + 1) for v.
     """
     snr = schedule.snr().to(t.device)[t].float()
-    divisor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction]
-    return snr.clamp(max=gamma) / divisor
+    if prediction == "epsilon":
+        return (gamma / snr).clamp(max=1)  # 1 where no signal is left
+    return snr.clamp(max=gamma) / (snr + 1 if prediction == "v_prediction" else 1)
 
 
 def diffusion_loss(

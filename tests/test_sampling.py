@@ -1,9 +1,21 @@
+from itertools import pairwise
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
 from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule
-from oasis_helpers.sampling import ddim_step, ddpm_step, sample, sample_images, trailing_timesteps
+from oasis_helpers.sampling import (
+    ddim_step,
+    ddpm_step,
+    dpm_solver_step,
+    estimate_x0,
+    heun_step,
+    karras_timesteps,
+    sample,
+    sample_images,
+    spaced_timesteps,
+)
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
@@ -54,6 +66,180 @@ def test_ddim_step_equals_diffusers_at_every_t(name, prediction, eta):
             ours = ddim_step(s, output, t, t_prev, x_t, prediction=prediction, eta=eta, noise=noise)
             scale = max(1.0, float(theirs.abs().max()))
             assert float((ours - theirs).abs().max()) / scale < 1e-5, (stride, t)
+
+
+def _answer(x, t):
+    """Stands for a network: depends on the image and on the time."""
+    return 0.6 * torch.sin(3 * x) + 0.2 * torch.cos(torch.as_tensor(t / 50.0))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_large_variance_equals_diffusers(name):
+    s = NoiseSchedule.named(name, 1000)
+    reference = DDPMScheduler(1000, trained_betas=s.betas.numpy(), variance_type="fixed_large")
+    reference.alphas, reference.betas, reference.alphas_cumprod = s.alphas, s.betas, s.alphas_cumprod
+    reference.one = torch.tensor(1.0, dtype=torch.float64)
+    x_t, output, _ = (v.double() for v in _inputs())
+    for t in (0, 1, 17, 500, 999):
+        noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(t), dtype=x_t.dtype)
+        theirs = reference.step(output, t, x_t, generator=torch.Generator().manual_seed(t)).prev_sample
+        ours = ddpm_step(s, output, t, x_t, variance="large", noise=noise)
+        assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_dpm_solver_equals_diffusers_step_by_step(name, prediction, spacing):
+    s = NoiseSchedule.named(name, 1000)
+    reference = DPMSolverMultistepScheduler(
+        1000, trained_betas=s.betas.numpy(), prediction_type=prediction, timestep_spacing=spacing
+    )
+    reference.set_timesteps(20)
+    times = reference.timesteps.tolist()
+    sigmas = ((1 - s.alphas_cumprod) / s.alphas_cumprod).sqrt()
+    reference.sigmas = torch.cat([sigmas[times], sigmas.new_zeros(1)])  # theirs are float32
+    x, previous = _inputs()[0].double(), None
+    for t, t_prev in zip(times, [*times[1:], -1]):
+        output = _answer(x, t)
+        theirs = reference.step(output, t, x).prev_sample
+        how = {"prediction": prediction, "clip": False}
+        ours = dpm_solver_step(s, output, t, t_prev, x, previous=previous, **how)
+        previous = t, estimate_x0(s, output, t, x, **how)
+        assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+        x = theirs
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_heun_equals_diffusers_step_by_step(name, prediction):
+    s = NoiseSchedule.named(name, 1000)
+    reference = HeunDiscreteScheduler(
+        1000, trained_betas=s.betas.numpy(), prediction_type=prediction, timestep_spacing="trailing"
+    )
+    reference.set_timesteps(10)
+    times = spaced_timesteps(1000, 10)
+    assert sorted({int(t) for t in reference.timesteps}, reverse=True) == times
+    sigmas = ((1 - s.alphas_cumprod) / s.alphas_cumprod).sqrt()
+    doubled = torch.cat([sigmas[times], sigmas.new_zeros(1)])
+    reference.sigmas = torch.cat([doubled[:1], doubled[1:-1].repeat_interleave(2), doubled[-1:]])
+    scale = s.alphas_cumprod.sqrt()  # theirs is x/√ᾱ
+    x, how = _inputs()[0].double(), {"prediction": prediction, "clip": False}
+    for t, t_prev in pairwise(times):
+        output = _answer(x, t)
+        guess = ddim_step(s, output, t, t_prev, x, **how)
+        theirs = reference.step(output, t, x / scale[t]).prev_sample * scale[t_prev]
+        assert float((guess - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+        second = _answer(guess, t_prev)
+        ours = heun_step(s, output, t, t_prev, x, second, guess, **how)
+        theirs = reference.step(second, t_prev, guess / scale[t_prev]).prev_sample * scale[t_prev]
+        assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+        x = ours
+
+
+def _gaussian(schedule, mean, deviation):
+    """The perfect denoiser of normal data, and the exact end of the ODE from x at T − 1."""
+
+    def denoiser(x, t, y=None):
+        a = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        return mean + a.sqrt() * deviation**2 / (a * deviation**2 + 1 - a) * (x - a.sqrt() * mean)
+
+    a = schedule.alphas_cumprod[-1]
+
+    def end(x):
+        return mean + deviation * (x - a.sqrt() * mean) / (a * deviation**2 + 1 - a).sqrt()
+
+    return denoiser, end
+
+
+def _errors(method, steps, **settings):
+    s = NoiseSchedule.linear(8000, 0.1 / 8000, 20 / 8000)
+    denoiser, end = _gaussian(s, 0.3, 0.5)
+    x = torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    how = {"prediction": "sample", "clip": False, "start": (x, 7999), "method": method} | settings
+    ends = [sample_images(denoiser, s, x.shape, steps=n, **how) for n in steps]
+    return [float((found - end(x)).square().mean().sqrt()) for found in ends]
+
+
+def test_second_order_solvers_beat_the_first_on_gaussian_data():
+    first = _errors("ddim", (20, 40))
+    assert first[0] / first[1] == pytest.approx(2, rel=0.1)  # first order: half the step, half the error
+    assert _errors("dpm_solver", (40,))[0] < first[1] / 5
+    heun = _errors("heun", (10, 20), spacing="karras")  # as many calls of the network
+    assert heun[0] / heun[1] > 3
+    assert heun[1] < first[1]
+
+
+def test_evaluations_are_counted():
+    s, calls = NoiseSchedule.cosine(50), []
+
+    def model(x, t, y):
+        calls.append(int(t[0]))
+        return torch.zeros_like(x)
+
+    for method, wanted in (("ddim", 5), ("dpm_solver", 5), ("heun", 9)):
+        calls.clear()
+        *_, last = sample(model, s, (1, 1, 4, 4), method=method, steps=5, prediction="v_prediction")
+        assert last.evaluations == len(calls) == wanted
+
+
+def test_zero_terminal_snr():
+    s = NoiseSchedule.linear(1000).zero_terminal_snr()
+    assert s.alphas_cumprod[-1] == 0
+    assert s.alphas_cumprod[0] == pytest.approx(float(NoiseSchedule.linear(1000).alphas_cumprod[0]))
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    theirs = rescale_zero_terminal_snr(NoiseSchedule.linear(1000).betas)
+    torch.testing.assert_close(s.betas, theirs, rtol=1e-9, atol=1e-12)
+    x, *_ = _inputs()
+    with pytest.raises(ValueError, match="no signal is left"):
+        ddim_step(s, x, 999, 900, x)
+    with pytest.raises(ValueError, match="no signal is left"):
+        heun_step(s, x, 999, 900, x, x, x, prediction="v_prediction")
+    for method in ("ddpm", "ddim", "dpm_solver", "heun"):
+        steps = None if method == "ddpm" else 5
+        *_, last = sample(
+            lambda x, t, y: -x / 2, s, x.shape, method=method, steps=steps, prediction="v_prediction"
+        )
+        assert last.x.isfinite().all()
+
+
+def test_dynamic_thresholding():
+    s, (x, output, _) = NoiseSchedule.cosine(10), _inputs()
+    raw = estimate_x0(s, 3 * output, 5, x, prediction="sample", clip=False)
+    held = estimate_x0(s, 3 * output, 5, x, prediction="sample", clip=0.9)
+    for image, found in zip(raw, held):
+        limit = max(1.0, float(image.abs().flatten().quantile(0.9)))
+        torch.testing.assert_close(found, image.clamp(-limit, limit) / limit)
+    small = 0.1 * output
+    assert torch.equal(estimate_x0(s, small, 5, x, prediction="sample", clip=0.9), small)
+    with pytest.raises(ValueError, match="quantile"):
+        estimate_x0(s, small, 5, x, prediction="sample", clip=1.5)
+
+
+def test_karras_spacing():
+    s = NoiseSchedule.cosine(1000)
+    times = karras_timesteps(s, 20)
+    noise = ((1 - s.alphas_cumprod) / s.alphas_cumprod).sqrt()
+    assert times == sorted(set(times), reverse=True)
+    assert noise[times[0]] == pytest.approx(80, rel=0.2)
+    roots = noise[times] ** (1 / 7)
+    assert (roots.diff() < 0).all()
+    assert len(karras_timesteps(s, 1)) == 1
+    with pytest.raises(ValueError, match="steps is 0"):
+        karras_timesteps(s, 0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_spacings_equal_diffusers(spacing):
+    for steps in (1, 7, 20, 50):
+        reference = DDIMScheduler(1000, timestep_spacing=spacing)
+        reference.set_timesteps(steps)
+        if spacing == "linspace" and steps == 1:
+            continue  # theirs is 0, where there is nothing to do
+        assert spaced_timesteps(1000, steps, spacing) == reference.timesteps.tolist()
+    with pytest.raises(ValueError, match="spacing is 'odd'"):
+        spaced_timesteps(10, 5, "odd")
 
 
 def test_ddim_with_eta_1_is_ddpm():
@@ -121,8 +307,8 @@ def test_start_from_a_noised_image():
 
 
 @pytest.mark.parametrize(("T", "steps"), [(1000, 50), (1000, 7), (10, 10), (5, 1)])
-def test_trailing_timesteps_start_at_the_end(T, steps):
-    found = trailing_timesteps(T, steps)
+def test_spaced_timesteps_start_at_the_end(T, steps):
+    found = spaced_timesteps(T, steps)
     assert found[0] == T - 1
     assert found[-1] >= 0
     assert len(found) == steps == len(set(found))
