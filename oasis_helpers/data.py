@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -117,18 +118,19 @@ class OASISDataset(Dataset):
             image = self.transform(image)
         if self.mask_paths is None:
             return image
-        return image, self._mask(index)
+        return image, _read_mask(self.mask_paths[index])
 
-    def _mask(self, index: int) -> Tensor:
-        path = self.mask_paths[index]
-        values = np.asarray(_open_checked(path))
-        if not np.isin(values, MASK_VALUES).all():
-            odd = int(values[~np.isin(values, MASK_VALUES)][0])
-            raise ValueError(
-                f"{path} has a pixel of value {odd}; masks have {', '.join(map(str, MASK_VALUES))}. "
-                "It was resampled or compressed: copy the original."
-            )
-        return torch.from_numpy(values // 85).long()
+
+def _read_mask(path: Path) -> Tensor:
+    """Class ids 0–3 of a mask, long (256, 256)."""
+    values = np.asarray(_open_checked(path))
+    if not np.isin(values, MASK_VALUES).all():
+        odd = int(values[~np.isin(values, MASK_VALUES)][0])
+        raise ValueError(
+            f"{path} has a pixel of value {odd}; masks have {', '.join(map(str, MASK_VALUES))}. "
+            "It was resampled or compressed: copy the original."
+        )
+    return torch.from_numpy(values // 85).long()
 
 
 def _and_more(items: list) -> str:
@@ -163,15 +165,35 @@ def load_slices(root: str | Path, image_size: int, cases: int | None = None) -> 
     :func:`to_unit_range` for the way to [−1, 1].
     """
     dataset = OASISDataset(root, transform=slice_transform(image_size))
-    count = len(dataset)
-    if cases is not None:
-        every = sorted(set(dataset.case_ids))
-        kept = set(every[: cases * PLANES if len(every) == count else cases])
-        count = sum(case in kept for case in dataset.case_ids)
+    count = _count(dataset.case_ids, cases)
     slices = torch.empty((count, 1, image_size, image_size), dtype=torch.uint8)
     for i in tqdm(range(count), desc="slices", unit="slice", disable=count < 2000):
         slices[i] = ((dataset[i] + 1) * 127.5).round().to(torch.uint8)
     return slices
+
+
+def load_masks(label_path: str | Path, image_size: int, cases: int | None = None) -> Tensor:
+    """Every mask of a ``…_seg_…`` folder in memory, uint8 class ids (N, image_size, image_size).
+
+    Cut and scaled like the slices of :func:`load_slices`; a pixel gets the class that covers most of it.
+    """
+    found = slices_in(Path(label_path).expanduser(), "seg")
+    shrink = transforms.Compose([transforms.CenterCrop(208), transforms.Resize(image_size, antialias=True)])
+    count = _count([case for case, _ in found], cases)
+    masks = torch.empty((count, image_size, image_size), dtype=torch.uint8)
+    for i, path in enumerate(tqdm(list(found.values())[:count], desc="masks", disable=count < 2000)):
+        shares = shrink(F.one_hot(_read_mask(path), len(TISSUES)).permute(2, 0, 1).float())
+        masks[i] = shares.argmax(0)
+    return masks
+
+
+def _count(case_ids: list[int], cases: int | None) -> int:
+    """How many slices the first ``cases`` cases have (see :func:`load_slices`)."""
+    if cases is None:
+        return len(case_ids)
+    every = sorted(set(case_ids))
+    kept = set(every[: cases * PLANES if len(every) == len(case_ids) else cases])
+    return sum(case in kept for case in case_ids)
 
 
 def to_unit_range(slices: Tensor) -> Tensor:

@@ -225,13 +225,15 @@ def train(
     config: TrainConfig,
     slices: Tensor,
     *,
+    model: nn.Module | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
 ) -> Iterator[TrainState]:
     """Train a network on ``slices`` and yield a :class:`TrainState` after every step.
 
     ``slices``: uint8 (N, 1, image_size, image_size) from
-    :func:`~oasis_helpers.data.load_slices`. ``resume`` is a checkpoint file written by
+    :func:`~oasis_helpers.data.load_slices`. ``model`` is a network of your own, called as
+    ``model(x, t, y)``, in place of the configuration's. ``resume`` is a checkpoint file written by
     :func:`save_checkpoint` of the same configuration (``steps`` may differ). Raises ``ValueError``
     for images of another size or type, and ``FloatingPointError`` when the loss is no longer a
     number. Where memory is short, a batch is computed in more parts; ``MemoryError`` if one image is
@@ -255,13 +257,14 @@ def train(
             f"parts each: choose a multiple of {processes * config.accumulate}."
         )
     schedule = config.make_schedule()
-    model = config.make_model().to(device)
+    model = (config.make_model() if model is None else model).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
-    )
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99),
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip
     first = 0
     if resume is not None:
         first, config = _load_checkpoint(resume, config, model, ema, optimizer)
@@ -536,7 +539,7 @@ def validation_loss(
 # ---- weights and checkpoints ----------------------------------------------------------------
 
 
-def _replace_file(path: Path, write) -> None:
+def replace_file(path: Path, write) -> None:
     """Write beside ``path``, flush to disk, rename: the old file stays whole if anything fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -557,7 +560,24 @@ def save_weights(path: str | Path, model: UNet, config: TrainConfig, **card: str
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": str(FORMAT), "config": json.dumps(asdict(config)), **card}
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    _replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; ``FileNotFoundError``, or ``ValueError`` if damaged."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist. Train it first, or leave the path out for what ships."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Copy or train it again."
+        ) from error
 
 
 def load_weights(path: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> tuple[UNet, TrainConfig]:
@@ -566,19 +586,7 @@ def load_weights(path: str | Path = WEIGHTS, device: torch.device | str = "cpu")
     Without ``path``: the weights that ship, trained on 64×64 phantoms. Raises
     ``FileNotFoundError``, or ``ValueError`` for a file that is damaged or of another kind.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist. Train weights first, or leave the path out for those that ship."
-        )
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). Copy or train it again."
-        ) from error
+    tensors, metadata = read_tensors(path)
     config = _read_config(metadata, path)
     model = config.make_model()
     try:
@@ -622,22 +630,14 @@ def save_checkpoint(path: str | Path, state: TrainState) -> None:
         "step": str(state.step),
         "ema_updates": str(state.ema.updates),
     }
-    _replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def _load_checkpoint(
     path: str | Path, config: TrainConfig, model: UNet, ema: EMA, optimizer: torch.optim.Optimizer
 ) -> tuple[int, TrainConfig]:
     """Restore all of a run from ``path``: the number of finished steps and the configuration in effect."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: there is no checkpoint to resume from.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({error}). Resume from an older one.") from error
+    tensors, metadata = read_tensors(path)
     stored = _read_config(metadata, path)
     if "step" not in metadata:
         raise ValueError(f"{path} holds weights only; resume needs a checkpoint of save_checkpoint.")

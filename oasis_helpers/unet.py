@@ -83,7 +83,11 @@ class AttentionBlock(nn.Module):
         b, c, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(3, 4).unbind(1)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        if x.device.type == "cpu":  # whose bf16 kernel takes several times as long backwards as the fp32 one
+            with torch.autocast("cpu", enabled=False):
+                attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(attended.transpose(2, 3).reshape(b, c, h, w))
 
 
@@ -128,7 +132,8 @@ class UNet(nn.Module):
     """Down to a few pixels with many channels, back up, with skip connections across.
 
     Settings
-        ``in_channels``: of the image, 1 for MRI. ``base_channels``: at the top level.
+        ``in_channels``: of the image, 1 for MRI; ``out_channels``: None for as many, or another
+        number for another task, such as a score a class. ``base_channels``: at the top level.
         ``channel_mult``: one factor per level, so its length is the depth.
         ``num_res_blocks``: per level on the way down (one more on the way up).
         ``attention_levels``: indices into ``channel_mult`` that get self-attention.
@@ -137,7 +142,7 @@ class UNet(nn.Module):
         ``num_classes``: None, or the number of labels ``y`` can take.
 
     ``forward(x, t, y=None)``: x (B, in_channels, H, W) in about [−1, 1], t (B,) integer
-    timesteps, y (B,) class ids → same shape as x. Height and width must divide by
+    timesteps, y (B,) class ids → (B, out_channels, H, W). Height and width must divide by
     ``patch_size · 2^(levels − 1)``. The last convolution starts at zero: a fresh network
     outputs zeros. Raises ``ValueError`` for a size that does not divide, a wrong number of
     channels, and labels that are missing or not wanted.
@@ -152,6 +157,7 @@ class UNet(nn.Module):
         attention_levels: tuple[int, ...] = (2,),
         patch_size: int = 2,
         num_classes: int | None = None,
+        out_channels: int | None = None,
     ):
         super().__init__()
         levels = len(channel_mult)
@@ -197,7 +203,8 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width))
 
         self.norm = _norm(width)
-        self.head = _zero(nn.Conv2d(width, folded, 3, padding=1))
+        unfolded = (out_channels or in_channels) * patch_size**2
+        self.head = _zero(nn.Conv2d(width, unfolded, 3, padding=1))
 
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -214,7 +221,8 @@ class UNet(nn.Module):
             wants = f"num_classes={self.num_classes}"
             raise ValueError(f"got {found}, but the network was built with {wants}.")
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def encode(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The way down: bottleneck (B, C, h, w), embedding (B, emb_dim), and the skips for the way up."""
         self._check(x, y)
         emb = self.time_mlp(timestep_embedding(t, self.base_channels))
         if y is not None:
@@ -226,6 +234,10 @@ class UNet(nn.Module):
             skips.append(h)
         for module in self.middle:
             h = module(h, emb)
+        return h, emb, skips
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        h, emb, skips = self.encode(x, t, y)
         for module in self.up:
             h = module(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(module, _Stage) else module(h)
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch_size)

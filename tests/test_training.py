@@ -50,6 +50,12 @@ def test_it_learns_and_reports():
     assert all(s.grad_norm > 0 and s.images_per_second > 0 for s in states)
 
 
+def test_a_network_of_ones_own_is_trained_in_its_place():
+    own = replace(TINY, seed=5).make_model()
+    assert torch.equal(_weights(_run(model=own)[-1].model), _weights(own))
+    assert not torch.equal(_weights(_run()[-1].model), _weights(own))
+
+
 def test_the_seed_decides_and_global_state_is_left_alone():
     before = torch.random.get_rng_state()
     a, b = _run()[-1], _run()[-1]
@@ -201,7 +207,7 @@ def test_wrong_images_are_named():
 
 def test_wrong_files_are_named(tmp_path):
     path = tmp_path / "w.safetensors"
-    with pytest.raises(FileNotFoundError, match="Train weights first"):
+    with pytest.raises(FileNotFoundError, match="Train it first"):
         load_weights(path)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         _run(resume=path)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oasis_helpers.unet import UNet, count_parameters, timestep_embedding, trace_shapes
+from oasis_helpers.unet import AttentionBlock, UNet, count_parameters, timestep_embedding, trace_shapes
 
 
 def _wake(model, seed=0):
@@ -32,6 +32,24 @@ def test_output_has_the_shape_of_the_input(base, mult, blocks, patch, channels, 
     x = torch.randn(2, channels, size * height, size * width)
     y = None if classes is None else torch.tensor([0, 2])
     assert model(x, torch.tensor([0, 999]), y).shape == x.shape
+
+
+def test_other_outputs_and_the_bottleneck():
+    model = _wake(UNet(base_channels=8, out_channels=4))
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([1, 5])
+    assert model(x, t).shape == (2, 4, 16, 16)
+    bottleneck, emb, skips = model.encode(x, t)
+    assert bottleneck.shape == (2, 16, 2, 2)
+    assert emb.shape == (2, 32)
+    assert [s.shape[-1] for s in skips] == [8, 8, 4, 4, 2, 2]
+
+
+def test_attention_in_bf16_stays_near_fp32():
+    block = _wake(AttentionBlock(64))
+    x = torch.randn(2, 64, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rough = block(x).float()
+    assert 0 < (rough - block(x)).norm() / block(x).norm() < 0.01
 
 
 def test_a_fresh_network_says_zero():
