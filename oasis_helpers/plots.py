@@ -228,6 +228,46 @@ def scatter(x, y, xlabel: str, ylabel: str, *, title: str = "", size=(4.6, 3.0))
     return figure
 
 
+def intervals(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    xlabel: str,
+    *,
+    reference: float | None = None,
+    logx: bool = False,
+    title: str = "",
+    width: float = 6.5,
+) -> Figure:
+    """Repeated measurements by group and setting: a dot each, their mean and standard deviation.
+
+    ``reference`` draws a dashed line at a value to compare with.
+    """
+    rows = [(group, name) for group, settings in groups.items() for name in settings]
+    places, place = [], 0.0
+    for index, (group, _) in enumerate(rows):
+        place += 1.0 if index and rows[index - 1][0] == group else 1.6
+        places.append(place)
+    figure = Figure(figsize=(width, 0.6 + 0.2 * place), layout="constrained")
+    axis = figure.subplots()
+    for (group, name), y in zip(rows, places):
+        values = np.asarray(groups[group][name], dtype=float)
+        axis.plot(values, np.full(len(values), y), "o", color=BLUE, alpha=0.4, markersize=4)
+        spread = values.std(ddof=1) if len(values) > 1 else 0.0
+        axis.errorbar(values.mean(), y, xerr=spread, fmt="|", color="black", markersize=9, capsize=2)
+    if reference is not None:
+        axis.axvline(reference, color="grey", linestyle="--", linewidth=1)
+    names = [
+        f"{group}:  {name}" if i == 0 or rows[i - 1][0] != group else name
+        for i, (group, name) in enumerate(rows)
+    ]
+    axis.set_yticks(places, names, fontsize=8)
+    axis.invert_yaxis()
+    if logx:
+        axis.set_xscale("log")
+    axis.set(xlabel=xlabel, title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def heatmap(
     arrays: np.ndarray | Mapping[str, np.ndarray],
     xlabel: str,

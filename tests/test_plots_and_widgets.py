@@ -63,6 +63,10 @@ def test_other_figures_show_their_data():
     ramp = np.arange(12.0).reshape(3, 4)
     assert (_pixels(plots.heatmap(ramp, "x", "y")) != _pixels(plots.heatmap(ramp[::-1], "x", "y"))).any()
     assert len(plots.heatmap({"a": ramp, "b": -ramp}, "x", "y").axes) == 3
+    groups = {"loss": {"L2": [1.0, 2.0], "L1": [2.0, 3.0]}, "T": {"10": [1.0]}}
+    (axis,) = plots.intervals(groups, "x", reference=1.5, logx=True).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["loss:  L2", "L1", "T:  10"]
+    assert len(axis.containers) == 3
     image, mask = torch.zeros(1, 8, 8), torch.tensor([[0, 1, 2, 3]] * 4).repeat(2, 2)
     assert (_pixels(plots.slice_panel(image, mask)) != _pixels(plots.slice_panel(image, mask.flip(1)))).any()
     assert _pixels(plots.slice_panel(image, title="a")).shape != _pixels(plots.slice_panel(image, mask)).shape

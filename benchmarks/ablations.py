@@ -1,0 +1,179 @@
+"""What each choice in training is worth: one change at a time, three seeds.
+
+``python benchmarks/ablations.py`` trains about fifty small networks (about an hour on two cores), prints the
+table and stores it; started again it goes on where it stopped. All networks learn from the default phantoms
+at 32×32 (one at 64×64), see the same number of images and are judged by the KID between 256 samples
+and all held-out slices in the features of the segmenter that ships. Pictures of 32×32 are enlarged first,
+real ones too. Precision fp32, so that the table does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import joblib
+import torch
+import torch.nn.functional as F
+
+from oasis_helpers.data import load_slices, to_unit_range
+from oasis_helpers.evaluation import embed, kid, load_segmenter
+from oasis_helpers.phantoms import make_phantoms, phantom_cache
+from oasis_helpers.sampling import sample_images
+from oasis_helpers.training import TrainConfig, train
+
+RESULT = Path(__file__).with_name("ablations.json")
+SEEDS = (0, 1, 2)
+SAMPLES, SAMPLING_STEPS = 256, 20
+BASE = TrainConfig(
+    image_size=32, base_channels=16, channel_mult=(1, 2, 4), steps=500, lr=2e-3, ema_decay=0.995,
+)  # fmt: skip
+
+# What is changed → the settings tried, each as the fields that differ from BASE.
+CHOICES: dict[str, dict[str, dict]] = {
+    "schedule": {name: {"schedule": name} for name in ("cosine", "linear", "quadratic", "sigmoid")},
+    "prediction": {
+        "v": {},
+        "noise": {"prediction": "epsilon"},
+        "image": {"prediction": "sample"},
+    },
+    "loss": {"L2": {}, "L1": {"loss": "l1"}, "Huber": {"loss": "huber"}},
+    "weighting": {"none": {}, "min-SNR 5": {"min_snr_gamma": 5.0}},
+    "T": {"1000": {}, "500": {"T": 500}, "200": {"T": 200}},
+    "batch (same images)": {
+        "16": {},
+        "4": {"batch_size": 4, "steps": 2000, "warmup": 200},
+        "64": {"batch_size": 64, "steps": 125, "warmup": 12},
+    },
+    "learning rate": {"2e-3": {}, "5e-4": {"lr": 5e-4}, "8e-3": {"lr": 8e-3}},
+    "average, rate falls": {"EMA 0.995": {}, "last step": {}},
+    "average, rate constant": {
+        "EMA 0.995": {"lr_schedule": "constant"},
+        "last step": {"lr_schedule": "constant"},
+    },
+    "image size": {"32×32": {}, "64×64": {"image_size": 64}},
+}
+
+
+def enlarged(images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) → (B, 1, 64, 64), what the segmenter reads."""
+    return F.interpolate(images, (64, 64), mode="bilinear", antialias=True).clamp(-1, 1)
+
+
+class Judge:
+    """Slices to learn from and to be compared with, at any size."""
+
+    def __init__(self):
+        location = make_phantoms(phantom_cache())  # not find_data(): these figures are about phantoms
+        self.segmenter, self.folders = load_segmenter(), (location.validate, location.test)
+        self.train_folder, self.cache = location.train, {}
+
+    def at(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training slices as bytes, and the features of all held-out ones."""
+        if size not in self.cache:
+            held_out = torch.cat([load_slices(folder, size) for folder in self.folders])
+            features = embed(enlarged(to_unit_range(held_out)), self.segmenter)
+            self.cache[size] = load_slices(self.train_folder, size), features
+        return self.cache[size]
+
+    def distance(self, images: torch.Tensor, size: int) -> float:
+        """KID between images (B, 1, size, size) and the held-out slices."""
+        return kid(self.at(size)[1], embed(enlarged(images), self.segmenter))[0]
+
+
+@cache
+def judge_of_this_process() -> Judge:
+    return Judge()
+
+
+def measure(name: str, config: TrainConfig) -> tuple[str, dict[str, float]]:
+    """One training run: its name, KID of the averaged and of the last weights, and the seconds it took."""
+    torch.set_num_threads(1)  # so small a network gains nothing from a second thread; two processes do
+    judge, started = judge_of_this_process(), time.perf_counter()
+    *_, state = train(config, judge.at(config.image_size)[0], device="cpu")
+    found = {"seconds": time.perf_counter() - started}
+    shape = (SAMPLES, 1, config.image_size, config.image_size)
+    for which, network in (("average", state.ema.model), ("last step", state.model.eval())):
+        samples = sample_images(
+            network, config.make_schedule(), shape, method="ddim", steps=SAMPLING_STEPS, seed=config.seed,
+            prediction=config.prediction,
+        )  # fmt: skip
+        found[which] = judge.distance(samples, config.image_size)
+    return name, found
+
+
+def key(config: TrainConfig) -> str:
+    """The name of a run in the file: what differs from BASE."""
+    base = asdict(BASE)
+    return ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != base[k]) or "base"
+
+
+def rows(runs: dict[str, dict]) -> list[dict]:
+    """The table: choice, setting, the KID of every seed, their mean and standard deviation."""
+    table = []
+    for choice, settings in CHOICES.items():
+        for setting, changes in settings.items():
+            which = "last step" if setting == "last step" else "average"
+            names = [key(replace(BASE, seed=seed, **changes)) for seed in SEEDS]
+            values = [runs[name][which] for name in names if name in runs]
+            if len(values) == len(SEEDS):
+                mean, deviation = statistics.mean(values), statistics.stdev(values)
+                table.append(
+                    {"choice": choice, "setting": setting, "kid": values, "mean": mean, "sd": deviation}
+                )
+    return table
+
+
+def show(result: dict) -> None:
+    """Print the table."""
+    print(result["setting"], "·", result["machine"])
+    print(f"real slices against real slices: {result['floor']:.3f}\n")
+    before = None
+    for row in result["table"]:
+        name = row["choice"] if row["choice"] != before else ""
+        print(f"{name:<24} {row['setting']:<12} {row['mean']:7.3f} ± {row['sd']:.3f}")
+        before = row["choice"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fresh", action="store_true", help="forget the runs that are stored")
+    args = parser.parse_args()
+    judge, result = Judge(), {}
+    if RESULT.exists() and not args.fresh:
+        result = json.loads(RESULT.read_text())
+    runs = result.get("runs", {})
+    wanted = {}
+    for seed in SEEDS:
+        for settings in CHOICES.values():
+            for changes in settings.values():
+                config = replace(BASE, seed=seed, **changes)
+                wanted[key(config)] = config
+    missing = {name: config for name, config in wanted.items() if name not in runs}
+    jobs = (joblib.delayed(measure)(name, config) for name, config in missing.items())
+    for name, found in joblib.Parallel(os.cpu_count(), return_as="generator_unordered")(jobs):
+        runs[name] = found
+        print(f"{len(runs)}/{len(wanted)} {name}: {found}", flush=True)
+        result = {
+            "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+            "setting": f"KID of {SAMPLES} samples, {SAMPLING_STEPS} DDIM steps, {len(SEEDS)} seeds",
+            "base": asdict(BASE),
+            "floor": judge.distance(to_unit_range(judge.at(32)[0][::4]), 32),
+            "table": rows(runs),
+            "runs": runs,
+        }
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+
+
+if __name__ == "__main__":
+    import ablations  # by its name, so that the worker processes find what is in it
+
+    ablations.main()
