@@ -4,7 +4,8 @@ Sources: DDPM, Ho et al. 2020 (arXiv 2006.11239), algorithm 2; DDIM, Song et al.
 (arXiv 2010.02502), eqs. 12 and 16; DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), algorithm 2;
 Heun's method on the EDM variables, Karras et al. 2022 (arXiv 2206.00364), algorithm 1; spacings of
 timesteps, Lin et al. 2024 (arXiv 2305.08891), table 2; dynamic thresholding, Saharia et al. 2022
-(arXiv 2205.11487), section 2.3; starting from a noised image, SDEdit, Meng et al. 2022 (arXiv 2108.01073).
+(arXiv 2205.11487), section 2.3; starting from a noised image, SDEdit, Meng et al. 2022
+(arXiv 2108.01073); inpainting, RePaint, Lugmayr et al. 2022 (arXiv 2201.09865).
 """
 
 from __future__ import annotations
@@ -272,8 +273,7 @@ def sample(
     else:
         timesteps = spaced_timesteps(schedule.T, count, spacing)
     generator = torch.Generator().manual_seed(seed)
-    parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = _device(model)
 
     if start is None:
         x = torch.randn(shape, generator=generator).to(device)
@@ -310,8 +310,138 @@ def sample(
         yield SampleState(t, t_prev, x, x0, evaluations)
 
 
+def _device(model) -> torch.device:
+    parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def sample_images(model, schedule: NoiseSchedule, shape: tuple[int, ...], **settings) -> Tensor:
     """The images at the end of :func:`sample`, with the same arguments."""
     for state in sample(model, schedule, shape, **settings):  # noqa: B007
         pass
     return state.x
+
+
+# ---- with a given image ---------------------------------------------------------------------
+
+
+def inpaint(
+    model,
+    schedule: NoiseSchedule,
+    image: Tensor,
+    hole: Tensor,
+    *,
+    steps: int = 50,
+    resamples: int = 5,
+    seed: int = 0,
+    prediction: str = "epsilon",
+    clip: bool | float = True,
+    y: Tensor | None = None,
+) -> Iterator[SampleState]:
+    """Fill the ``hole`` of an image with what the model expects there, a :class:`SampleState` per step.
+
+    ``image``: (B, C, H, W); ``hole``: bool, broadcasts against it, True where something is to be made.
+    Outside the hole each step puts the given image back, noised to its timestep; then the step is
+    undone with fresh noise and made again, ``resamples`` times in all, so that inside and outside come
+    to agree. Lugmayr et al. 2022, algorithm 1, with random steps over ``steps`` timesteps. Raises ``ValueError`` for a hole of another shape or type, and for ``resamples`` below 1.
+    """
+    if hole.dtype != torch.bool:
+        raise ValueError(f"hole is {hole.dtype}: give booleans, True where something is to be made.")
+    try:
+        fits = torch.broadcast_shapes(hole.shape, image.shape) == image.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"hole has shape {tuple(hole.shape)}, the images {tuple(image.shape)}.")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}: give at least 1.")
+    generator = torch.Generator().manual_seed(seed)
+    device = _device(model)
+    image, hole = image.to(device), hole.to(device)
+
+    def fresh() -> Tensor:
+        return torch.randn(image.shape, generator=generator, dtype=image.dtype).to(device)
+
+    levels = torch.cat([schedule.alphas_cumprod, torch.ones(1, dtype=torch.float64)])  # [-1]: no noise
+    timesteps, x, evaluations = spaced_timesteps(schedule.T, steps), fresh(), 0
+    how = {"prediction": prediction, "clip": clip}
+    for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
+        for repeat in range(resamples):
+            with torch.no_grad():
+                output = model(x, torch.full((len(x),), t, device=device), y)
+            evaluations += 1
+            x0 = estimate_x0(schedule, output, t, x, **how)
+            x = ddim_step(schedule, output, t, t_prev, x, eta=1.0, noise=fresh(), **how)
+            known = image if t_prev < 0 else schedule.q_sample(image, t_prev, fresh())
+            x = torch.where(hole, x, known)
+            if repeat + 1 < resamples and t_prev >= 0:
+                kept = levels[t] / levels[t_prev]
+                x = float(kept.sqrt()) * x + float((1 - kept).sqrt()) * fresh()
+            elif t_prev < 0:
+                break  # nothing is random any more
+        yield SampleState(t, t_prev, x, x0, evaluations)
+
+
+def ddim_invert(
+    model,
+    schedule: NoiseSchedule,
+    image: Tensor,
+    *,
+    steps: int = 50,
+    prediction: str = "epsilon",
+    y: Tensor | None = None,
+) -> Iterator[SampleState]:
+    """Run DDIM upward: from an image (B, C, H, W) to the noise that it would come from.
+
+    The last state's ``x``, at T − 1, given to :func:`sample` as ``start`` with ``method="ddim"``, leads back
+    to about the image; the difference falls with ``steps``. In each state ``t_prev`` is where the step
+    began (−1: the image) and ``t`` where it ended. Song et al. 2021, section 4.3. The network is asked
+    at the start of each step, and for the first, which has no timestep, at that of its end.
+    """
+    device = _device(model)
+    x = image.to(device)
+    timesteps = spaced_timesteps(schedule.T, steps)[::-1]
+    for evaluations, (t_prev, t) in enumerate(zip([-1, *timesteps[:-1]], timesteps), 1):
+        asked = max(t_prev, timesteps[0])
+        with torch.no_grad():
+            output = model(x, torch.full((len(x),), asked, device=device), y)
+        x0 = x if t_prev < 0 else schedule.predict_x0(x, asked, output, prediction)
+        x = schedule.q_sample(x0, t, schedule.predict_noise(x, asked, output, prediction))
+        yield SampleState(t, t_prev, x, x0, evaluations)
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Between two noises (B, …) along the sphere they lie on: ``weight`` 0 gives ``a``, 1 gives ``b``.
+
+    A straight line would pass through points that are too short to be noise. Shoemake 1985
+    (SIGGRAPH, "Animating rotation with quaternion curves").
+    """
+    first, second = a.flatten(1), b.flatten(1)
+    cosine = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-6).reshape(-1, *[1] * (a.ndim - 1))
+    return (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / angle.sin()
+
+
+class IdealDenoiser:
+    """The best answer there is for a finite data set, in closed form: the mean of x_0 given x_t.
+
+    ``data``: (N, C, H, W). Called like a network, ``(x, t, y=None)`` → the estimate of x_0 (so its
+    ``prediction`` is "sample"): the images of the set, weighted by how likely each is to have led to x_t. A
+    network that fits a finite set perfectly is this, and what it samples are copies of the set.
+    Karras et al. 2022 (arXiv 2206.00364), appendix B.3.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, data: Tensor):
+        self.schedule, self.data = schedule, data
+
+    def weights(self, x: Tensor, t: Tensor) -> Tensor:
+        """How likely each image is to have led to each x_t: (B, C, H, W), (B,) → (B, N), rows sum to 1."""
+        level = self.schedule.alphas_cumprod[t.cpu()][:, None]
+        data = self.data.flatten(1).double().cpu()
+        # −‖x − √ᾱ x_i‖² / 2(1 − ᾱ), without the part that is the same for every i
+        fit = level.sqrt() * x.flatten(1).double().cpu() @ data.T - level * data.square().sum(1) / 2
+        return (fit / (1 - level)).softmax(1)
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        mean = self.weights(x, t).to(self.data.dtype).to(self.data.device) @ self.data.flatten(1)
+        return mean.reshape(x.shape).to(x.dtype).to(x.device)

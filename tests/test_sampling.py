@@ -6,14 +6,18 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 
 from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule
 from oasis_helpers.sampling import (
+    IdealDenoiser,
+    ddim_invert,
     ddim_step,
     ddpm_step,
     dpm_solver_step,
     estimate_x0,
     heun_step,
+    inpaint,
     karras_timesteps,
     sample,
     sample_images,
+    slerp,
     spaced_timesteps,
 )
 
@@ -336,3 +340,93 @@ def test_ddim_wants_time_to_run_backwards():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="t_prev"):
         ddim_step(NoiseSchedule.cosine(10), x, 3, 3, x)
+
+
+def test_the_ideal_denoiser_is_the_posterior_mean():
+    s, data = NoiseSchedule.cosine(100), torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)
+    ideal, x = IdealDenoiser(s, data), torch.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
+    for t in (5, 50, 95):
+        a = s.alphas_cumprod[t]
+        by_hand = torch.tanh(a.sqrt() * x / (1 - a))  # two points: the mean is a tanh
+        times = torch.full((9,), t)
+        torch.testing.assert_close(ideal(x, times), by_hand.float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ideal.weights(x, times).sum(1), torch.ones(9, dtype=torch.float64))
+    mixed = ideal(x[:2], torch.tensor([5, 95]))  # every image has its own timestep
+    torch.testing.assert_close(mixed[1:], ideal(x[1:2], torch.tensor([95])))
+
+
+@pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
+def test_a_perfect_fit_only_copies(method):
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand((6, 1, 4, 4), generator=generator) * 2 - 1
+    s = NoiseSchedule.cosine(200)
+    found = sample_images(
+        IdealDenoiser(s, data),
+        s,
+        (20, 1, 4, 4),
+        method=method,
+        steps=40,
+        spacing="karras",
+        prediction="sample",
+    )
+    nearest = torch.cdist(found.flatten(1), data.flatten(1)).min(1)
+    assert nearest.values.max() < 1e-3
+    assert len(nearest.indices.unique()) > 3
+
+
+def test_inpainting_keeps_what_is_given_and_fits_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    data = torch.rand((6, 1, 4, 4), generator=generator) * 2 - 1
+    s, hole = NoiseSchedule.cosine(200), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    hole[..., 2:, :] = True
+    *_, last = inpaint(IdealDenoiser(s, data), s, data, hole, steps=20, prediction="sample")
+    assert torch.equal(last.x[..., :2, :], data[..., :2, :])
+    assert (last.x - data).abs().max() < 0.05  # one image alone has this upper half
+    assert last.evaluations == 19 * 5 + 1
+    once = [state.x for state in inpaint(IdealDenoiser(s, data), s, data, hole, steps=3, resamples=1, seed=1)]
+    again = [
+        state.x for state in inpaint(IdealDenoiser(s, data), s, data, hole, steps=3, resamples=1, seed=1)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+@pytest.mark.parametrize(
+    ("hole", "resamples", "message"),
+    [
+        (torch.ones(1, 1, 4, 4), 5, "booleans"),
+        (torch.ones(1, 1, 5, 4, dtype=torch.bool), 5, "hole has shape"),
+        (torch.ones(7, 1, 4, 4, dtype=torch.bool), 5, "hole has shape"),
+        (torch.ones(1, 1, 4, 4, dtype=torch.bool), 0, "at least 1"),
+    ],
+)
+def test_mistakes_in_inpainting_are_named(hole, resamples, message):
+    image = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        next(inpaint(lambda x, t, y: x, NoiseSchedule.cosine(10), image, hole, resamples=resamples))
+
+
+def test_inversion_leads_back_to_the_image():
+    s = NoiseSchedule.linear(1000)
+    denoiser, _ = _gaussian(s, 0.3, 0.5)
+    image = 0.3 + 0.5 * torch.randn(
+        8, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    errors, how = [], {"prediction": "sample"}
+    for steps in (25, 100):
+        *_, up = ddim_invert(denoiser, s, image, steps=steps, **how)
+        assert (up.t, up.evaluations) == (999, steps)
+        back = sample_images(
+            denoiser, s, image.shape, method="ddim", steps=steps, start=(up.x, 999), clip=False, **how
+        )
+        errors.append(float((back - image).abs().max()))
+    assert errors[1] < errors[0] / 2
+    assert errors[1] < 0.1
+
+
+def test_slerp_keeps_the_length():
+    a, b = torch.randn((2, 3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-5)
+    assert torch.allclose(slerp(a, b, 1.0), b, atol=1e-5)
+    length = slerp(a, b, 0.5).flatten(1).norm(dim=1)
+    assert torch.allclose(length, (a.flatten(1).norm(dim=1) + b.flatten(1).norm(dim=1)) / 2, rtol=0.05)
+    assert torch.allclose(slerp(a, a, 0.3), a, atol=1e-4)
