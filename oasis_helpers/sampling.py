@@ -343,7 +343,8 @@ def inpaint(
     ``image``: (B, C, H, W); ``hole``: bool, broadcasts against it, True where something is to be made.
     Outside the hole each step puts the given image back, noised to its timestep; then the step is
     undone with fresh noise and made again, ``resamples`` times in all, so that inside and outside come
-    to agree. Lugmayr et al. 2022, algorithm 1, with random steps over ``steps`` timesteps. Raises ``ValueError`` for a hole of another shape or type, and for ``resamples`` below 1.
+    to agree. Lugmayr et al. 2022, algorithm 1, with random steps over ``steps`` timesteps. Raises
+    ``ValueError`` for a hole of another shape or type, and for ``resamples`` below 1.
     """
     if hole.dtype != torch.bool:
         raise ValueError(f"hole is {hole.dtype}: give booleans, True where something is to be made.")
