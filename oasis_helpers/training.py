@@ -262,9 +262,8 @@ def train(
         model = model.to(memory_format=torch.channels_last)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99),
-        fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+    )
     first = 0
     if resume is not None:
         first, config = _load_checkpoint(resume, config, model, ema, optimizer)
