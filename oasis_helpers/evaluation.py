@@ -9,6 +9,7 @@ Dice, 1945 (Ecology 26, 297); U-Net for segmentation, Ronneberger et al. 2015 (a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -183,9 +184,9 @@ def kid(
     About 0 for two sets of one distribution, whatever their size. Raises ``ValueError`` for
     fewer than ``subset_size`` images.
     """
-    metric = KernelInceptionDistance(
-        feature=_Features(real.shape[1]), subsets=subsets, subset_size=subset_size
-    )
+    with warnings.catch_warnings():  # it warns of the memory that features take; these are small
+        warnings.simplefilter("ignore", UserWarning)
+        metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=subset_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # torchmetrics draws its subsets from the global state
         metric.update(real, real=True)

@@ -567,7 +567,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist. Train it first, or leave the path out for what ships."
+            f"{path} does not exist. Train it first, or give a file of save_weights or save_checkpoint."
         )
     try:
         with safe_open(path, "pt") as file:

@@ -209,7 +209,7 @@ def test_wrong_files_are_named(tmp_path):
     path = tmp_path / "w.safetensors"
     with pytest.raises(FileNotFoundError, match="Train it first"):
         load_weights(path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="save_checkpoint"):
         _run(resume=path)
     save_weights(path, TINY.make_model(), TINY)
     with pytest.raises(ValueError, match="weights only"):
