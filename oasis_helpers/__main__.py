@@ -1,9 +1,10 @@
-"""Command line: ``python -m oasis_helpers phantoms|convert|check|train|sample``."""
+"""Command line: ``python -m oasis_helpers phantoms|convert|check|train|sample|evaluate``."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import sys
 from dataclasses import fields, replace
@@ -84,14 +85,11 @@ def _with_settings(config, settings: list[str]):
     return replace(config, **changes)
 
 
-def _sample(args: argparse.Namespace) -> int:
-    from .plots import grid
+def _draw(args: argparse.Namespace):
+    """Samples of the weights and by the method that ``args`` name."""
     from .sampling import sample
     from .training import WEIGHTS, load_weights, pick_device
 
-    out = Path(args.out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists. Give another --out: nothing is overwritten.")
     model, config = load_weights(args.weights or WEIGHTS, pick_device())
     shape = (args.number, 1, config.image_size, config.image_size)
     steps = config.T if args.method == "ddpm" else args.steps
@@ -101,9 +99,50 @@ def _sample(args: argparse.Namespace) -> int:
     )  # fmt: skip
     for state in tqdm(states, total=steps, unit="step"):  # noqa: B007
         pass
-    figure = grid(list(state.x), columns=min(8, args.number), title="synthetic – not for diagnosis")
+    return state.x.cpu()
+
+
+def _refuse_to_overwrite(path: Path) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists. Give another --out: nothing is overwritten.")
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from .plots import grid
+
+    out = Path(args.out)
+    _refuse_to_overwrite(out)
+    figure = grid(list(_draw(args)), columns=min(8, args.number), title="synthetic – not for diagnosis")
     figure.savefig(out, dpi=150)
     print(f"{args.number} samples in {out}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from . import evaluation, plots
+    from .data import find_data
+    from .training import WEIGHTS, pick_device
+
+    table, picture = (Path(f"{args.out}.{ending}") for ending in ("json", "png"))
+    for path in (table, picture):
+        _refuse_to_overwrite(path)
+    if args.number < evaluation.LEAST:
+        raise ValueError(f"--number {args.number}: give at least {evaluation.LEAST}.")
+    location, segmenter = find_data(args.data), evaluation.load_segmenter(device=pick_device())
+    images = _draw(args)
+    splits = [evaluation.load_split(location.folder(s), segmenter) for s in ("train", "validate", "test")]
+    found = evaluation.evaluate(images, *splits, segmenter)
+
+    weights = Path(args.weights or WEIGHTS).name
+    steps = "" if args.method == "ddpm" else f"{args.steps} steps, "
+    setting = f"{weights}: {args.number} samples, {args.method}, {steps}seed {args.seed}; {location}"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(json.dumps({"setting": setting, "rows": found.rows}, indent=1) + "\n", encoding="utf-8")
+    figure = plots.evaluation_panel(found.rows, found.anatomy, list(images[:16]), found.pairs, setting)
+    picture.write_bytes(plots.png(figure, dpi=100))
+    for name, row in found.rows.items():
+        print(f"{name:<17} KID {row['KID']:8.3f}   95 %: {row['KID, low']:.3f} to {row['KID, high']:.3f}")
+    print(f"all figures in {table}, with pictures in {picture}")
     return 0
 
 
@@ -164,6 +203,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=50, help="not for ddpm, which takes all")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=_sample)
+
+    p = commands.add_parser(
+        "evaluate", help="judge weights by held-out slices: a table (JSON) and a picture", **show,
+    )  # fmt: skip
+    p.add_argument("weights", nargs="?", help="file of weights (default: those that ship)")
+    p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
+    p.add_argument("--out", default="evaluation", help="files to write: OUT.json and OUT.png")
+    p.add_argument("--number", type=int, default=512, help="how many samples to draw, at least 100")
+    p.add_argument("--method", choices=("ddpm", "ddim", "dpm_solver", "heun"), default="ddim")
+    p.add_argument("--steps", type=int, default=50, help="not for ddpm, which takes all")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=_evaluate)
     return parser
 
 

@@ -4,26 +4,38 @@ The feature network of the usual FID was trained on photographs. This one was tr
 and white matter, so what it keeps of an image is anatomy.
 
 Sources: KID, Bińkowski et al. 2018 (arXiv 1801.01401); FID, Heusel et al. 2017 (arXiv 1706.08500);
-Dice, 1945 (Ecology 26, 297); U-Net for segmentation, Ronneberger et al. 2015 (arXiv 1505.04597).
+precision and recall, Kynkäänniemi et al. 2019 (arXiv 1904.06991); density and coverage, Naeem et al. 2020
+(arXiv 2002.09797); MS-SSIM, Wang et al. 2003 (Asilomar 37, 1398), of pairs of samples, Odena et al. 2017
+(arXiv 1610.09585); bootstrap, Efron 1979 (Ann. Statist. 7, 1); copies, Somepalli et al. 2023 (arXiv
+2212.03860) and Carlini et al. 2023 (arXiv 2301.13188); Dice, 1945 (Ecology 26, 297); U-Net for
+segmentation, Ronneberger et al. 2015 (arXiv 1505.04597).
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from scipy.ndimage import distance_transform_edt
+from scipy.stats import wasserstein_distance
 from torch import Tensor, nn
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from .data import to_unit_range
+from .data import OASISDataset, load_slices, to_unit_range
 from .training import read_tensors, replace_file
 from .unet import UNet
 
+LEAST = 100  # generated images: what a subset of KID takes
 SEGMENTER = Path(__file__).parent / "weights" / "segmenter-64.safetensors"
 
 
@@ -176,7 +188,7 @@ class _Features(nn.Module):
 
 
 def kid(
-    real: Tensor, generated: Tensor, *, subsets: int = 50, subset_size: int = 100, seed: int = 0
+    real: Tensor, generated: Tensor, *, subsets: int = 50, subset_size: int = LEAST, seed: int = 0
 ) -> tuple[float, float]:
     """Kernel distance of two sets of features (N, D) and (M, D): mean and deviation over subsets.
 
@@ -193,3 +205,308 @@ def kid(
         metric.update(generated, real=False)
         mean, deviation = metric.compute()
     return float(mean), float(deviation)
+
+
+def fid(real: Tensor, generated: Tensor) -> float:
+    """Fréchet distance of two sets of features (N, D) and (M, D): Heusel et al. 2017, eq. 6, by torchmetrics.
+
+    The squared distance of the two normal distributions with the same means and covariances. Always
+    above 0, and larger for fewer images: compare only figures of equally large sets. Raises
+    ``ValueError`` for fewer than D + 1 images, whose covariance is not of full rank.
+    """
+    least = real.shape[1] + 1
+    if min(len(real), len(generated)) < least:
+        raise ValueError(
+            f"{len(real)} real and {len(generated)} generated images are too few for FID in "
+            f"{real.shape[1]} dimensions: give at least {least} of each, or use kid."
+        )
+    metric = FrechetInceptionDistance(_Features(real.shape[1]))
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    return float(metric.compute())
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
+    """Fidelity and diversity apart: precision, recall, density and coverage of features (N, D), (M, D).
+
+    A set's region is the union of a ball around each point, as large as the distance to its k-th neighbour.
+    Precision: the share of generated images in the real region; recall: of real images in the generated
+    one (Kynkäänniemi et al. 2019). Density: how many real balls a generated image lies in, over k;
+    coverage: the share of real balls with a generated image in them (Naeem et al. 2020, which mend
+    what a single outlier does to the first two). Raises ``ValueError`` for k + 1 images or fewer.
+    """
+    if min(len(real), len(generated)) <= k + 1:
+        raise ValueError(
+            f"{len(real)} real and {len(generated)} generated images are too few for {k} neighbours each."
+        )
+    radius_real, radius_generated = (
+        torch.cdist(points, points).kthvalue(k + 1, dim=1).values for points in (real, generated)
+    )
+    distances = torch.cdist(real, generated)
+    in_real = distances <= radius_real[:, None]
+    return {
+        "precision": float(in_real.any(0).float().mean()),
+        "recall": float((distances <= radius_generated[None]).any(1).float().mean()),
+        "density": float(in_real.float().sum(0).mean() / k),
+        "coverage": float(in_real.any(1).float().mean()),
+    }
+
+
+def ms_ssim(images: Tensor, *, pairs: int = 200, seed: int = 0) -> float:
+    """Likeness of random pairs among images (B, 1, 64, 64): 1 is one image over and over.
+
+    The mean multi-scale structural similarity (Wang et al. 2003) by torchmetrics, with the first three of
+    its five scales, which is as many as 64 pixels have; as a measure of diversity, Odena et al. 2017.
+    """
+    check_images(images, least=2)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, len(images), (pairs,), generator=generator)
+    second = (first + torch.randint(1, len(images), (pairs,), generator=generator)) % len(images)
+    weights = torch.tensor([0.0448, 0.2856, 0.3001])
+    return float(
+        multiscale_structural_similarity_index_measure(
+            images[first], images[second], data_range=2.0, betas=tuple((weights / weights.sum()).tolist())
+        )
+    )
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *cases: Sequence[int],
+    rounds: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """An interval for a figure, by drawing whole cases again with replacement: Efron 1979 (percentiles).
+
+    ``cases``: for each set the case of every image; the slices of one head are no independent
+    observations, so they come or stay away together (for generated images, each its own case).
+    ``statistic`` gets one tensor of indices a set and returns the figure.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = [_places(torch.as_tensor(labels)) for labels in cases]
+    found = []
+    for _ in range(rounds):
+        drawn = []
+        for groups in places:
+            picked = torch.randint(0, len(groups), (len(groups),), generator=generator)
+            drawn.append(torch.cat([groups[i] for i in picked]))
+        found.append(statistic(*drawn))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _places(labels: Tensor) -> list[Tensor]:
+    """Where each label stands: one tensor of indices a label."""
+    return [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+
+
+# ---- anatomy --------------------------------------------------------------------------------
+
+DEEP = 20.0  # mm from the outside; CSF below is in the ventricles, CSF above around the brain
+PIXEL = 208 / Segmenter.image_size  # mm
+
+
+def anatomy(classes: Tensor) -> dict[str, Tensor]:
+    """What a radiologist would measure, for each segmented slice (B, 64, 64): name → (B,).
+
+    "brain": the brain with its CSF, in cm²; "CSF", "grey", "white": shares of it; "ventricles": the share
+    of it that is CSF more than 20 mm from the outside; "symmetry": the share of its pixels whose mirror
+    image about the middle line has the same tissue. A slice without brain gives NaN but for "brain".
+    """
+    classes = classes.cpu()
+    inside = classes > 0
+    area = inside.flatten(1).sum(1).double()
+    shares = {
+        name: (classes == tissue).flatten(1).sum(1) / area
+        for tissue, name in enumerate(("CSF", "grey", "white"), 1)
+    }
+    depth = torch.from_numpy(
+        np.stack([distance_transform_edt(np.pad(head, 1))[1:-1, 1:-1] for head in inside.numpy()])
+    )
+    ventricles = ((classes == 1) & (depth * PIXEL > DEEP)).flatten(1).sum(1) / area
+    symmetry = torch.stack([_symmetry(slice_) for slice_ in classes])
+    return {"brain": area * (PIXEL / 10) ** 2, **shares, "ventricles": ventricles, "symmetry": symmetry}
+
+
+def _symmetry(classes: Tensor) -> Tensor:
+    """The best agreement of one slice with its mirror image, over places of the middle line."""
+    # As stored, rows run from left to right.
+    inside = classes > 0
+    if not inside.any():
+        return torch.tensor(float("nan"), dtype=torch.double)
+    rows = inside.any(1).nonzero()[:, 0]
+    around = int(rows[0] + rows[-1]) - (len(classes) - 1)  # shift that puts the extent onto itself
+    found = []
+    for shift in range(around - 2, around + 3):
+        mirrored = classes.flip(0).roll(shift, 0)
+        found.append(((mirrored == classes) & inside).sum() / inside.sum().double())
+    return torch.stack(found).max()
+
+
+def anatomy_distances(real: dict[str, Tensor], generated: dict[str, Tensor]) -> dict[str, float]:
+    """Wasserstein distance between the distributions of each figure of :func:`anatomy`.
+
+    In deviations of the real ones, so that 0.1 means: on average moved by a tenth of how much heads differ.
+    """
+    found = {}
+    for name, values in real.items():
+        a, b = (v[~v.isnan()].numpy() for v in (values, generated[name]))
+        found[name] = float(wasserstein_distance(a, b) / a.std()) if len(b) else float("inf")
+    return found
+
+
+# ---- copies ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """What :func:`memorisation` found for every generated image (M,).
+
+    ``ratio``: distance to the nearest training image over that to the nearest held-out one;
+    ``nearest``: index of the former; ``flagged``: ratio below ``threshold``, which ``expected`` of images
+    of persons never seen would be, too.
+    """
+
+    ratio: Tensor
+    nearest: Tensor
+    threshold: float
+    expected: float
+
+    @property
+    def flagged(self) -> Tensor:
+        return self.ratio < self.threshold
+
+    @property
+    def share(self) -> float:
+        """Share of generated images that are nearer to training than chance explains."""
+        return float(self.flagged.float().mean())
+
+
+def memorisation(
+    generated: Tensor, train: Tensor, held_out: Tensor, unseen: Tensor, *, expected: float = 0.01
+) -> Memorisation:
+    """Are generated images copies of training images? Vectors (M, D): pixels or features.
+
+    Every training set has a nearest image; the question is whether it is nearer than it would be by chance.
+    ``held_out`` and ``unseen`` are two sets of real images of other persons: the ratio of distances to
+    the nearest in ``train`` and in ``held_out`` is taken for ``unseen`` first, and the threshold set
+    where only the share ``expected`` of them falls below. After the distance-ratio test of Somepalli et al.
+    2023 and Carlini et al. 2023. Raises ``ValueError`` for sets too small for the threshold.
+    """
+    if len(unseen) * expected < 1:
+        raise ValueError(
+            f"{len(unseen)} unseen images cannot set a threshold that {expected:.2%} of them fall below: "
+            f"give at least {math.ceil(1 / expected)}."
+        )
+
+    def ratio(images: Tensor) -> tuple[Tensor, Tensor]:
+        to_train, nearest = nearest_images(images, train)
+        return to_train / nearest_images(images, held_out)[0].clamp(min=1e-12), nearest
+
+    found, nearest = ratio(generated)
+    return Memorisation(found, nearest, float(ratio(unseen)[0].quantile(expected)), expected)
+
+
+def nearest_images(images: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to, and index of, the nearest of ``among`` (N, D) for each of ``images`` (M, D)."""
+    found = [torch.cdist(part, among).min(1) for part in images.flatten(1).split(256)]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+# ---- all of it ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """The slices of one split as the segmenter reads them, their features, and the case of each."""
+
+    images: Tensor
+    features: Tensor
+    cases: list[int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found: a row of figures for each set of images, and what the report shows.
+
+    ``rows``: "generated" and what it is to be compared with → name of the figure → value, or None where
+    there are too few images for it. ``anatomy``: "real" and "generated" → figures of each slice.
+    ``pairs``: the generated images that are nearest to training, and what they are nearest to.
+    """
+
+    rows: dict[str, dict[str, float | None]]
+    anatomy: dict[str, dict[str, Tensor]]
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+def resize_for_segmenter(images: Tensor) -> Tensor:
+    """(B, 1, H, W) in about [−1, 1] → (B, 1, 64, 64) in [−1, 1], what the segmenter reads."""
+    size = (Segmenter.image_size, Segmenter.image_size)
+    if images.shape[-2:] != size:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    return images.clamp(-1, 1)
+
+
+def load_split(folder: str | Path, segmenter: Segmenter) -> Split:
+    """Slices, features and cases of a split folder."""
+    images = to_unit_range(load_slices(folder, Segmenter.image_size))
+    return Split(images, embed(images, segmenter), OASISDataset(folder).case_ids)
+
+
+def evaluate(
+    images: Tensor, train: Split, validate: Split, test: Split, segmenter: Segmenter, *, rounds: int = 200
+) -> Evaluation:
+    """Everything in this module about generated ``images`` (B, 1, H, W), with floor and ceiling.
+
+    The generated images are compared with the slices of ``validate``; so are, as the best that can be
+    reached, those of ``test``, and as the worst, noise and the mean of ``train`` over and over. Intervals
+    (95 %) by :func:`bootstrap`. Raises ``ValueError`` as :func:`check_images`, for fewer than 100 images.
+    """
+    images = resize_for_segmenter(check_sample(images))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    mean = train.images.mean(0, keepdim=True).expand_as(images)
+    alone = list(range(len(images)))  # every generated image is a case of its own
+    sets = {
+        "generated": Split(images, embed(images, segmenter), alone),
+        "held-out slices": test,
+        "mean of training": Split(mean, embed(mean, segmenter), alone),
+        "noise": Split(noise, embed(noise, segmenter), alone),
+    }
+    real_anatomy = anatomy(segment(validate.images, segmenter))
+    rows, found = {}, {}
+    for name, split in sets.items():
+        found[name] = anatomy(segment(split.images, segmenter))
+        rows[name] = _row(split, train, validate, test, rounds)
+        distances = anatomy_distances(real_anatomy, found[name])
+        rows[name] |= {f"anatomy: {part}": value for part, value in distances.items()}
+    copies = memorisation(*(s.features for s in (sets["generated"], train, validate, test)))
+    worst = copies.ratio.argsort()[:8].tolist()
+    pairs = [(images[i], train.images[copies.nearest[i]]) for i in worst]
+    return Evaluation(rows, {"real": real_anatomy, "generated": found["generated"]}, pairs)
+
+
+def check_sample(images: Tensor) -> Tensor:
+    """Enough generated images of any size, or ``ValueError``."""
+    if images.ndim != 4 or images.shape[1] != 1:
+        raise ValueError(f"images have shape {tuple(images.shape)}: give (B, 1, H, W).")
+    check_images(resize_for_segmenter(images) if images.isfinite().all() else images, least=LEAST)
+    return images
+
+
+def _row(split: Split, train: Split, validate: Split, test: Split, rounds: int) -> dict[str, float | None]:
+    """The figures of one set of images."""
+
+    def distance(real: Tensor, generated: Tensor) -> float:
+        return kid(validate.features[real], split.features[generated])[0]
+
+    low, high = bootstrap(distance, validate.cases, split.cases, rounds=rounds)
+    row = {"KID": kid(validate.features, split.features)[0], "KID, low": low, "KID, high": high}
+    enough = min(len(validate.features), len(split.features)) > split.features.shape[1]
+    row["FID"] = fid(validate.features, split.features) if enough else None
+    row |= precision_recall(validate.features, split.features)
+    row["MS-SSIM of pairs"] = ms_ssim(split.images)
+    for name in ("images", "features"):
+        sets = (getattr(s, name).flatten(1) for s in (split, train, validate, test))
+        row[f"nearer to training, {name}"] = memorisation(*sets).share
+    return row

@@ -298,6 +298,52 @@ def heatmap(
     return figure
 
 
+def evaluation_panel(
+    rows: Mapping[str, Mapping[str, float | None]],
+    anatomy: Mapping[str, Mapping[str, Tensor]],
+    samples: Sequence[Picture],
+    pairs: Sequence[tuple[Picture, Picture]],
+    title: str,
+) -> Figure:
+    """A report: samples, those nearest to a training slice above it, anatomy, and a table of figures.
+
+    ``rows``, ``anatomy`` and ``pairs`` as in ``Evaluation``; ``samples``: at most 16 are shown.
+    """
+    figure = Figure(figsize=(11, 10.5), layout="constrained")
+    figure.suptitle(f"{title}\nsynthetic – not for diagnosis", fontsize=9)
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(3.1, 2.3, 3.2))
+    left, right = top.subfigures(1, 2)
+    for part, words, images in (
+        (left, "samples", list(samples)[:16]),
+        (right, "nearest to training, and below the training slice", [i for p in pairs for i in p][:16]),
+    ):
+        part.suptitle(words, fontsize=9)
+        down = part is right  # pairs stand one above the other
+        axes = part.subplots(4, 4)
+        order = [axes[2 * (k // 8) + k % 2, k // 2 % 4] if down else axes.flat[k] for k in range(16)]
+        for axis in order[len(images) :]:
+            axis.set_axis_off()
+        for axis, image in zip(order, images):
+            _image_axis(axis, image)
+
+    for axis, name in zip(middle.subplots(1, 4), ("ventricles", "CSF", "grey", "symmetry")):
+        for (which, values), colour in zip(anatomy.items(), COLOURS):
+            known = values[name][~values[name].isnan()].numpy()
+            axis.hist(known, bins=25, density=True, histtype="step", color=colour, label=which, linewidth=1.5)
+        axis.set(xlabel=name, yticks=[])
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+
+    axis = bottom.subplots()
+    axis.set_axis_off()
+    names = list(next(iter(rows.values())))
+    cells = [["–" if row[n] is None else f"{row[n]:.3f}" for row in rows.values()] for n in names]
+    drawn = axis.table(cells, rowLabels=names, colLabels=list(rows), loc="center", cellLoc="right")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(7.5)
+    return figure
+
+
 def progress_panel(
     steps: Sequence[int], losses: Sequence[float], samples: Sequence[Picture], step: int, total: int
 ) -> Figure:

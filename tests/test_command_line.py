@@ -8,7 +8,7 @@ from oasis_helpers.__main__ import main
 
 
 def test_help_of_every_command():
-    for command in ([], ["phantoms"], ["check"], ["train"], ["sample"]):
+    for command in ([], ["phantoms"], ["check"], ["train"], ["sample"], ["evaluate"]):
         result = subprocess.run(
             [sys.executable, "-m", "oasis_helpers", *command, "--help"],
             capture_output=True,

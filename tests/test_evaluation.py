@@ -3,12 +3,25 @@ import torch
 
 from oasis_helpers.data import load_masks, load_slices, to_unit_range
 from oasis_helpers.evaluation import (
+    PIXEL,
     Segmenter,
+    Split,
+    anatomy,
+    anatomy_distances,
+    bootstrap,
     check_images,
     dice,
     embed,
+    evaluate,
+    fid,
     kid,
     load_segmenter,
+    load_split,
+    memorisation,
+    ms_ssim,
+    nearest_images,
+    precision_recall,
+    resize_for_segmenter,
     save_segmenter,
     segment,
     train_segmenter,
@@ -132,3 +145,207 @@ def test_wrong_files_are_named(tmp_path):
 def test_features_do_not_depend_on_the_batch():
     model, images = Segmenter().eval(), _images(70)
     assert torch.allclose(embed(images, model)[:3], embed(images[:3], model), atol=1e-5)
+
+
+# ---- distances of sets ------------------------------------------------------------------------
+
+
+def _points(count, shift=0.0, seed=0, dimensions=4):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, dimensions), generator=generator) + shift
+
+
+def test_fid_of_two_normal_distributions():
+    # ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), with Σ₂ = 4 Σ₁ and a shift of 1 in four dimensions
+    assert fid(_points(20_000), 2 * _points(20_000, seed=1) + 1) == pytest.approx(
+        4 + 4 * (1 + 4 - 4), rel=0.05
+    )
+    assert fid(_points(50), _points(50, seed=1)) > 5 * fid(_points(5000), _points(5000, seed=1))  # its bias
+    with pytest.raises(ValueError, match="4 real and 9 generated images are too few"):
+        fid(_points(4), _points(9))
+
+
+def test_precision_and_recall_tell_fidelity_from_diversity():
+    real = torch.cat([_points(200), _points(200, shift=8)])
+    same = torch.cat([_points(200, seed=1), _points(200, shift=8, seed=2)])
+    one_mode, astray = _points(400, seed=1), _points(400, shift=4, seed=1)
+    good, dropped, bad = (precision_recall(real, generated) for generated in (same, one_mode, astray))
+    assert min(good.values()) > 0.8
+    assert dropped["precision"] > 0.8
+    assert dropped["recall"] < 0.6
+    assert dropped["coverage"] < 0.6
+    assert bad["precision"] < 0.2
+    assert bad["density"] < 0.2
+    with pytest.raises(ValueError, match="too few for 5 neighbours"):
+        precision_recall(real[:6], same)
+
+
+def test_precision_by_hand():
+    real, generated = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.5], [6.0], [10.0]])
+    # radii of the real points for k = 1: 1, 1, 2; of the generated: 5.5, 4, 4
+    found = precision_recall(real, generated, k=1)
+    assert found["precision"] == pytest.approx(1 / 3)
+    assert found["recall"] == 1
+    assert found["density"] == pytest.approx(2 / 3)
+    assert found["coverage"] == pytest.approx(2 / 3)
+
+
+def test_likeness_of_pairs():
+    one = _images(1).expand(5, -1, -1, -1)
+    assert ms_ssim(one) == pytest.approx(1, abs=1e-4)
+    assert ms_ssim(_images(20)) < 0.2
+    with pytest.raises(ValueError, match="too few"):
+        ms_ssim(_images(1))
+
+
+def test_the_bootstrap_draws_whole_cases():
+    generator = torch.Generator().manual_seed(0)
+    cases = torch.arange(30).repeat_interleave(10)
+    values = torch.randn(30, generator=generator)[cases] + 0.01 * torch.randn(300, generator=generator)
+
+    def mean(indices):
+        return float(values[indices].mean())
+
+    low, high = bootstrap(mean, cases.tolist(), rounds=1000)
+    by_case = float(values.reshape(30, 10).mean(1).std() / 30**0.5)
+    assert high - low == pytest.approx(2 * 1.96 * by_case, rel=0.15)  # as if there were 30, not 300
+    low, high = bootstrap(mean, range(300), rounds=1000)
+    assert high - low == pytest.approx(2 * 1.96 * by_case / 10**0.5, rel=0.15)
+    assert bootstrap(mean, cases) == bootstrap(mean, cases)
+
+
+# ---- anatomy ------------------------------------------------------------------------------------
+
+
+def _head(left=20, right=43):
+    """White matter with a rim of CSF, and in its middle a ventricle of 4×6 pixels."""
+    classes = torch.zeros((1, 64, 64), dtype=torch.long)
+    classes[:, left : right + 1, 16:48] = 1
+    classes[:, left + 1 : right, 17:47] = 3
+    classes[:, 30:34, 29:35] = 1
+    return classes
+
+
+def test_anatomy_by_hand():
+    found = anatomy(_head())
+    area = 24 * 32
+    assert float(found["brain"]) == pytest.approx(area * PIXEL**2 / 100)
+    assert float(found["ventricles"]) == pytest.approx(24 / area)  # the rim is CSF, but no ventricle
+    assert float(found["CSF"]) == pytest.approx((24 + area - 22 * 30) / area)
+    assert float(found["CSF"] + found["grey"] + found["white"]) == pytest.approx(1)
+    assert float(found["symmetry"]) == 1
+
+
+def test_symmetry_sees_one_sided_heads_and_not_where_they_lie():
+    moved = _head().roll((3, 5), (1, 2))
+    assert float(anatomy(moved)["symmetry"]) == 1
+    one_sided = _head()
+    one_sided[:, 36:40, 29:35] = 1
+    assert float(anatomy(one_sided)["symmetry"]) < 0.95
+    nothing = anatomy(torch.zeros((1, 64, 64), dtype=torch.long))
+    assert nothing["brain"] == 0
+    assert all(nothing[name].isnan() for name in nothing if name != "brain")
+
+
+def test_anatomy_of_the_segmentation_is_that_of_the_true_masks(phantoms):
+    images = to_unit_range(load_slices(phantoms.test, 64))
+    found = anatomy(segment(images, load_segmenter()))
+    truth = anatomy(load_masks(_masks_folder(phantoms.test), 64))
+    for name, values in truth.items():
+        assert (found[name] - values).abs().mean() < 0.02 * (100 if name == "brain" else 1), name
+        assert values.isfinite().all()
+
+
+def test_distances_of_anatomy_are_in_deviations():
+    values = _points(4000)[:, 0].double()
+    found = anatomy_distances({"brain": values}, {"brain": values + 0.5 * values.std()})
+    assert found["brain"] == pytest.approx(0.5, rel=0.02)
+    assert anatomy_distances({"brain": values}, {"brain": values * float("nan")})["brain"] == float("inf")
+
+
+# ---- copies ---------------------------------------------------------------------------------------
+
+
+def test_copies_are_caught_and_others_are_not():
+    train, held_out, unseen, fresh = (_points(400, seed=seed, dimensions=8) for seed in range(4))
+    copies = train[::4] + 0.05 * _points(100, seed=9, dimensions=8)
+    assert memorisation(copies, train, held_out, unseen).share > 0.95
+    innocent = memorisation(fresh, train, held_out, unseen, expected=0.05)
+    assert innocent.share == pytest.approx(0.05, abs=0.04)
+    found = memorisation(torch.cat([fresh, copies]), train, held_out, unseen)
+    assert torch.equal(found.nearest[400:], torch.arange(0, 400, 4))
+    assert found.flagged[400:].float().mean() > 0.95
+    with pytest.raises(ValueError, match="at least 100"):
+        memorisation(fresh, train, held_out, unseen[:50])
+
+
+def test_the_nearest_is_found_over_several_parts():
+    among, images = _points(30), _points(600, seed=1)
+    distance, index = nearest_images(images, among)
+    assert torch.equal(index, torch.cdist(images, among).argmin(1))
+    assert torch.allclose(distance, (images - among[index]).norm(dim=1), atol=1e-5)
+
+
+# ---- all of it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def splits(phantoms):
+    """Three splits with enough slices: those of the small set, over and over with a little noise."""
+
+    def many(folder, seed):
+        images = load_split(folder, network).images.repeat(40, 1, 1, 1)[:120]
+        images = (
+            images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+        ).clamp(-1, 1)
+        return Split(images, embed(images, network), [i % 4 for i in range(len(images))])
+
+    network = load_segmenter()
+    return [
+        many(f, seed) for seed, f in enumerate((phantoms.train, phantoms.validate, phantoms.test))
+    ], network
+
+
+def test_a_report_has_floor_and_ceiling(splits):
+    (train, validate, test), network = splits
+    generated = train.images.roll(1, 3)
+    found = evaluate(generated, train, validate, test, network, rounds=5)
+    assert list(found.rows) == ["generated", "held-out slices", "mean of training", "noise"]
+    kids = {name: row["KID"] for name, row in found.rows.items()}
+    assert kids["noise"] > 5 * kids["generated"]
+    assert all(row["KID, low"] <= row["KID, high"] for row in found.rows.values())
+    assert found.rows["generated"]["FID"] is None  # 120 images, 256 dimensions
+    assert found.rows["mean of training"]["MS-SSIM of pairs"] == pytest.approx(1, abs=1e-3)
+    assert len(found.pairs) == 8
+    assert found.pairs[0][0].shape == (1, 64, 64)
+    assert torch.equal(found.anatomy["real"]["brain"], anatomy(segment(validate.images, network))["brain"])
+
+
+def test_an_overfitted_model_is_caught(splits):
+    (train, validate, test), network = splits
+    found = evaluate(train.images, train, validate, test, network, rounds=2).rows
+    assert found["generated"]["nearer to training, features"] > 0.9
+    assert found["generated"]["nearer to training, images"] > 0.9
+    assert found["held-out slices"]["nearer to training, features"] < 0.05
+
+
+def test_images_of_another_size_are_scaled():
+    assert resize_for_segmenter(_images(2)) is not None
+    small = torch.nn.functional.avg_pool2d(_images(2), 2)
+    assert resize_for_segmenter(small).shape == (2, 1, 64, 64)
+    assert resize_for_segmenter(3 * _images(2)).abs().max() == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (_images(20), "20 images are too few"),
+        (torch.zeros(200, 3, 64, 64), "give \\(B, 1, H, W\\)"),
+        (_images(200) * float("nan"), "NaN"),
+        (-torch.ones(200, 1, 64, 64), "200 of 200 images are constant"),
+    ],
+)
+def test_samples_that_cannot_be_judged_are_refused(splits, images, message):
+    sets, network = splits
+    with pytest.raises(ValueError, match=message):
+        evaluate(images, *sets, network)
