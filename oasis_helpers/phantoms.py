@@ -549,3 +549,31 @@ def _factors(jobs: list[tuple], workers: int) -> Iterator[PhantomFactors]:
     # joblib's processes need no main guard in the caller's script, and share the template by memory map.
     template = _load_template()
     yield from Parallel(workers, return_as="generator")(delayed(_make_case)(template, *job) for job in jobs)
+
+
+# ---- something to find ------------------------------------------------------------------------
+
+
+def plant_lesion(
+    image: np.ndarray,
+    classes: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    radius: tuple[float, float] = (2.5, 4.5),
+) -> tuple[np.ndarray, np.ndarray]:
+    """A slice with a dark spot in its white matter, and where it is: float (H, W) in [−1, 1], bool (H, W).
+
+    An ellipse with soft edge and half-axes from ``radius`` (pixels), nearly as dark as the slice's CSF: what
+    an old infarct or a plaque of multiple sclerosis looks like on a T1 image. ``classes`` are the tissues of
+    the slice, (H, W). The given arrays stay as they are. Raises ``ValueError`` for a slice without room.
+    """
+    room = np.argwhere(ndimage.binary_erosion(classes == 3))
+    if not len(room):
+        raise ValueError("this slice has no white matter with a pixel of it all around: choose another.")
+    centre = rng.choice(room)
+    axes = rng.uniform(*radius, size=2)
+    rows, columns = np.indices(image.shape)
+    distance = np.hypot((rows - centre[0]) / axes[0], (columns - centre[1]) / axes[1])
+    share = _sigmoid(6 * (1 - distance)) * (classes > 0)
+    fluid, white = (np.median(image[classes == tissue]) for tissue in (1, 3))
+    return image + share * (0.7 * fluid + 0.3 * white - image), share > 0.5

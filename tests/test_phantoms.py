@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from oasis_helpers import phantoms as module
 from oasis_helpers.data import OASISDataset, check_dataset
@@ -201,3 +202,21 @@ def test_plan_is_recorded(phantoms):
     plan = json.loads((phantoms.root / "phantoms.json").read_text())
     assert plan["seed"] == 0
     assert plan["cases"] == [2, 1, 1]
+
+
+def test_a_planted_lesion_is_dark_inside_white_matter_and_known():
+    classes = np.zeros((64, 64), int)
+    classes[8:56, 8:56] = 1
+    classes[10:54, 10:54] = 3
+    image = np.select([classes == 1, classes == 3], [-0.6, 0.4], -1.0)
+    before = image.copy()
+    found, lesion = module.plant_lesion(image, classes, np.random.default_rng(0))
+    assert np.array_equal(image, before)
+    assert 15 < lesion.sum() < 70
+    assert found[lesion].mean() < -0.1 < 0.4 == image[10, 10]
+    away = ~ndimage.binary_dilation(lesion, iterations=4)
+    assert np.allclose(found[away], image[away], atol=0.02)
+    again, _ = module.plant_lesion(image, classes, np.random.default_rng(0))
+    assert np.array_equal(found, again)
+    with pytest.raises(ValueError, match="choose another"):
+        module.plant_lesion(image, np.ones((64, 64), int), np.random.default_rng(0))
