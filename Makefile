@@ -8,11 +8,12 @@ PY := $(VENV)/bin/python
 PORT ?= 8888
 READY := $(VENV)/.ready
 
-# One thread a process: two torch processes with two threads each on two cores wait for each other.
-export OMP_NUM_THREADS ?= 1
-export OMP_WAIT_POLICY ?= PASSIVE
+# One thread a process: two torch processes with two threads each on two cores wait for each other. Not
+# for the lab: there one network has all cores, and threads that sleep between layers make it several times slower.
+test notebooks figures fuzz bench: export OMP_NUM_THREADS ?= 1
+test notebooks figures fuzz bench: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: lab test notebooks lint format phantoms figures fuzz bench clean help
+.PHONY: lab test notebooks lint format phantoms figures fuzz bench quality clean help
 
 help:
 	@sed -n '/^[a-z]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
@@ -60,6 +61,17 @@ bench: phantoms ## measure phantoms, loading, conversion and resuming
 	$(PY) benchmarks/data.py
 	$(PY) benchmarks/conversion.py
 	$(PY) benchmarks/resume.py
+
+LARGE ?= runs/phantoms-large
+quality: phantoms ## train the weights that ship and measure everything that takes hours (see benchmarks/)
+	[ -d $(LARGE) ] || $(PY) -m oasis_helpers phantoms $(LARGE) --cases 302 35 17
+	$(PY) benchmarks/minutes.py $(LARGE) runs/minutes
+	$(PY) benchmarks/time_to_quality.py
+	$(PY) benchmarks/samplers.py $(LARGE)
+	$(PY) benchmarks/evaluation.py $(LARGE) runs/minutes
+	$(PY) benchmarks/ablations.py
+	$(PY) benchmarks/networks.py
+	$(PY) benchmarks/scaling.py
 
 clean: ## remove the environment and caches of this checkout
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage build *.egg-info
