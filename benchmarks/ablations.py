@@ -21,10 +21,9 @@ from pathlib import Path
 
 import joblib
 import torch
-import torch.nn.functional as F
 
 from oasis_helpers.data import load_slices, to_unit_range
-from oasis_helpers.evaluation import embed, kid, load_segmenter
+from oasis_helpers.evaluation import embed, kid, load_segmenter, resize_for_segmenter
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
 from oasis_helpers.sampling import sample_images
 from oasis_helpers.training import TrainConfig, train
@@ -62,11 +61,6 @@ CHOICES: dict[str, dict[str, dict]] = {
 }
 
 
-def enlarged(images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) → (B, 1, 64, 64), what the segmenter reads."""
-    return F.interpolate(images, (64, 64), mode="bilinear", antialias=True).clamp(-1, 1)
-
-
 class Judge:
     """Slices to learn from and to be compared with, at any size."""
 
@@ -79,13 +73,13 @@ class Judge:
         """Training slices as bytes, and the features of all held-out ones."""
         if size not in self.cache:
             held_out = torch.cat([load_slices(folder, size) for folder in self.folders])
-            features = embed(enlarged(to_unit_range(held_out)), self.segmenter)
+            features = embed(resize_for_segmenter(to_unit_range(held_out)), self.segmenter)
             self.cache[size] = load_slices(self.train_folder, size), features
         return self.cache[size]
 
     def distance(self, images: torch.Tensor, size: int) -> float:
         """KID between images (B, 1, size, size) and the held-out slices."""
-        return kid(self.at(size)[1], embed(enlarged(images), self.segmenter))[0]
+        return kid(self.at(size)[1], embed(resize_for_segmenter(images), self.segmenter))[0]
 
 
 @cache
@@ -145,6 +139,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="forget the runs that are stored")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
     args = parser.parse_args()
     judge, result = Judge(), {}
     if RESULT.exists() and not args.fresh:
@@ -158,7 +153,7 @@ def main() -> None:
                 wanted[key(config)] = config
     missing = {name: config for name, config in wanted.items() if name not in runs}
     jobs = (joblib.delayed(measure)(name, config) for name, config in missing.items())
-    for name, found in joblib.Parallel(os.cpu_count(), return_as="generator_unordered")(jobs):
+    for name, found in joblib.Parallel(args.jobs, return_as="generator_unordered")(jobs):
         runs[name] = found
         print(f"{len(runs)}/{len(wanted)} {name}: {found}", flush=True)
         result = {

@@ -1,0 +1,96 @@
+"""The whole report on the weights that ship, beside a peer, a short run and a network that learned by heart.
+
+``python benchmarks/evaluation.py ROOT OUT`` needs the large phantom set (``python -m oasis_helpers phantoms
+ROOT --cases 302 35 17``), the five-minute weights that ``minutes.py ROOT OUT`` has left in OUT, and the
+speeds that ``time_to_quality.py`` has measured. It trains two more networks for five minutes' worth of
+steps: diffusers' ``UNet2DModel`` (see ``networks.py``) by the same loop on the same slices, and ours on
+eight slices over and over, which the search for copies must catch. Prints and stores all figures of
+``evaluate``, and draws ``figures/evaluation.png`` for the weights that ship.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from networks import NETWORKS, parameters, width_near
+from safetensors.torch import load_file, save_file
+from time_to_quality import RESULT as SPEEDS
+from time_to_quality import Called
+
+from oasis_helpers import plots
+from oasis_helpers.data import find_data, load_slices
+from oasis_helpers.evaluation import evaluate, load_segmenter, load_split
+from oasis_helpers.sampling import sample_images
+from oasis_helpers.training import PROFILES, load_weights, train
+
+RESULT = Path(__file__).with_name("evaluation.json")
+PICTURE = Path(__file__).parents[1] / "figures" / "evaluation.png"
+SAMPLES, METHOD, STEPS, SEED = 512, "dpm_solver", 20, 0
+LEARNED_BY_HEART = 8  # slices
+
+
+def trained(network: torch.nn.Module, config, slices: torch.Tensor, path: Path) -> torch.nn.Module:
+    """The averaged network after training, kept as a state dictionary in ``path``."""
+    if not path.exists():
+        *_, state = train(config, slices, model=network, device="cpu")
+        save_file({k: v.contiguous() for k, v in state.ema.model.state_dict().items()}, path)
+    network.load_state_dict(load_file(path))
+    return network.eval()
+
+
+def networks(slices: torch.Tensor, out: Path) -> dict[str, torch.nn.Module]:
+    """What is judged, by name."""
+    laptop = PROFILES["laptop"]
+    speeds = json.loads(SPEEDS.read_text())["steps per second"]
+    ours, peer = (replace(laptop, steps=int(300 * speeds[n])) for n in ("oasis_helpers", "diffusers"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        width = width_near("diffusers", parameters(laptop.make_model()))
+        unet2d = Called(NETWORKS["diffusers"](width))
+    few = slices[:: len(slices) // LEARNED_BY_HEART][:LEARNED_BY_HEART]
+    return {
+        "weights that ship": load_weights()[0],
+        "5 minutes": load_weights(out / "laptop-5-minutes.safetensors")[0],
+        "diffusers, 5 min": trained(unet2d, peer, slices, out / "diffusers-5-minutes.safetensors"),
+        "learned by heart": trained(ours.make_model(), ours, few, out / "eight-slices.safetensors"),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    location, out = find_data(sys.argv[1]), Path(sys.argv[2])
+    segmenter, laptop = load_segmenter(), PROFILES["laptop"]
+    slices = load_slices(location.train, laptop.image_size)
+    splits = [load_split(f, segmenter) for f in (location.train, location.validate, location.test)]
+    rows, setting = {}, f"{SAMPLES} samples each, {METHOD}, {STEPS} steps, seed {SEED}; {location}"
+    shape = (SAMPLES, 1, laptop.image_size, laptop.image_size)
+    for name, network in networks(slices, out).items():
+        images = sample_images(
+            network, laptop.make_schedule(), shape, method=METHOD, steps=STEPS, seed=SEED,
+            prediction=laptop.prediction,
+        )  # fmt: skip
+        found = evaluate(images, *splits, segmenter)
+        rows[name] = found.rows["generated"]
+        print(f"{name}: {rows[name]}", flush=True)
+        if name == "weights that ship":
+            ends = {k: v for k, v in found.rows.items() if k != "generated"}
+            figure = plots.evaluation_panel(
+                {name: rows[name]} | ends, found.anatomy, list(images[:16]), found.pairs, setting
+            )
+            PICTURE.write_bytes(plots.png(figure, dpi=90))
+    result = {
+        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "setting": setting,
+        "rows": rows | ends,
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
