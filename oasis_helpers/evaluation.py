@@ -187,6 +187,23 @@ class _Features(nn.Module):
         return x
 
 
+def _check_features(*sets: Tensor) -> None:
+    """``ValueError`` unless all sets are finite numbers (N, D) of the same D."""
+    for features in sets:
+        if features.ndim != 2 or not features.is_floating_point():
+            raise ValueError(
+                f"features are {features.dtype} of shape {tuple(features.shape)}: "
+                "give float (N, D), what embed returns."
+            )
+        if not features.isfinite().all():
+            raise ValueError(
+                "features hold NaN or infinity: the images or the network that made them are broken."
+            )
+    if len({features.shape[1] for features in sets}) > 1:
+        dimensions = ", ".join(str(features.shape[1]) for features in sets)
+        raise ValueError(f"features have {dimensions} dimensions: they come from different networks.")
+
+
 def kid(
     real: Tensor, generated: Tensor, *, subsets: int = 50, subset_size: int = LEAST, seed: int = 0
 ) -> tuple[float, float]:
@@ -194,8 +211,9 @@ def kid(
 
     The unbiased squared MMD with the kernel (x·y/D + 1)³, Bińkowski et al. 2018, by torchmetrics.
     About 0 for two sets of one distribution, whatever their size. Raises ``ValueError`` for
-    fewer than ``subset_size`` images.
+    fewer than ``subset_size`` images, and for features that do not belong together.
     """
+    _check_features(real, generated)
     with warnings.catch_warnings():  # it warns of the memory that features take; these are small
         warnings.simplefilter("ignore", UserWarning)
         metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=subset_size)
@@ -214,6 +232,7 @@ def fid(real: Tensor, generated: Tensor) -> float:
     above 0, and larger for fewer images: compare only figures of equally large sets. Raises
     ``ValueError`` for fewer than D + 1 images, whose covariance is not of full rank.
     """
+    _check_features(real, generated)
     least = real.shape[1] + 1
     if min(len(real), len(generated)) < least:
         raise ValueError(
@@ -235,6 +254,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
     coverage: the share of real balls with a generated image in them (Naeem et al. 2020, which mend
     what a single outlier does to the first two). Raises ``ValueError`` for k + 1 images or fewer.
     """
+    _check_features(real, generated)
     if min(len(real), len(generated)) <= k + 1:
         raise ValueError(
             f"{len(real)} real and {len(generated)} generated images are too few for {k} neighbours each."
@@ -394,6 +414,7 @@ def memorisation(
     where only the share ``expected`` of them falls below. After the distance-ratio test of Somepalli et al.
     2023 and Carlini et al. 2023. Raises ``ValueError`` for sets too small for the threshold.
     """
+    _check_features(generated, train, held_out, unseen)
     if len(unseen) * expected < 1:
         raise ValueError(
             f"{len(unseen)} unseen images cannot set a threshold that {expected:.2%} of them fall below: "

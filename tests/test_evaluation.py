@@ -349,3 +349,24 @@ def test_samples_that_cannot_be_judged_are_refused(splits, images, message):
     sets, network = splits
     with pytest.raises(ValueError, match=message):
         evaluate(images, *sets, network)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (_points(150, dimensions=5), "4, 5 dimensions: they come from different networks"),
+        (_points(150) * float("nan"), "NaN"),
+        (_points(150).long(), "int64"),
+        (_images(150), "shape \\(150, 1, 64, 64\\)"),
+    ],
+)
+@pytest.mark.parametrize("distance", [kid, fid, precision_recall])
+def test_features_that_do_not_belong_together_are_refused(distance, features, message):
+    with pytest.raises(ValueError, match=message):
+        distance(_points(150), features)
+
+
+def test_copies_are_not_searched_among_other_features():
+    sets = [_points(150) for _ in range(3)]
+    with pytest.raises(ValueError, match="different networks"):
+        memorisation(_points(150, dimensions=3), *sets)
