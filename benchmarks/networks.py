@@ -133,10 +133,12 @@ def main() -> None:
 
     from importlib.util import find_spec
 
+    from oasis_helpers.training import PROFILES
+
     missing = [name for name, package in PACKAGES.items() if find_spec(package) is None]
     print("not installed, left out:", ", ".join(missing) or "none")
     names = [name for name in NETWORKS if name not in missing]
-    wanted = parameters(ours(48))
+    wanted = parameters(PROFILES["laptop"].make_model())
     widths = {name: width_near(name, wanted) for name in names}
     counts = {name: parameters(NETWORKS[name](widths[name])) for name in names}
     found = {(name, precision): [] for precision in PRECISIONS for name in names}

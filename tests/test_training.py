@@ -174,7 +174,7 @@ def test_a_loss_that_explodes_is_reported():
 
 def test_shipped_weights_fit_their_profile():
     model, config = load_weights()
-    assert config == PROFILES["laptop"]
+    assert config == replace(PROFILES["laptop"], steps=config.steps)
     assert training.WEIGHTS.stat().st_size < 20e6
     assert 15e6 < count_parameters(PROFILES["full"].make_model()) < 25e6
     assert count_parameters(model) < 5e6
