@@ -1,0 +1,56 @@
+"""The recorded measurements are whole, and say what their own runs say."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from notebook_tools import ROOT
+
+from oasis_helpers.training import PROFILES, WEIGHTS, load_weights
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def _recorded(name):
+    return json.loads((BENCHMARKS / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A benchmark's script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+    yield __import__
+    for name in set(sys.modules) - before:
+        if (BENCHMARKS / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def test_ablations_are_whole(module):
+    ablations, result = module("ablations"), _recorded("ablations")
+    assert result["table"] == ablations.rows(result["runs"])
+    assert result["base"] == json.loads(json.dumps(asdict(ablations.BASE)))
+    settings = [(choice, setting) for choice, found in ablations.CHOICES.items() for setting in found]
+    assert [(row["choice"], row["setting"]) for row in result["table"]] == settings
+    assert all(len(row["kid"]) == len(ablations.SEEDS) for row in result["table"])
+    assert result["floor"] < min(row["mean"] for row in result["table"])
+
+
+def test_the_weights_that_ship_are_those_of_the_longest_run(module):
+    minutes, result = module("minutes"), _recorded("minutes")
+    assert list(result["runs"]) == [str(m) for m in minutes.MINUTES]
+    for time, run in result["runs"].items():
+        assert run["steps"] == int(60 * int(time) * result["steps per second"])
+    distances = [run["KID"] for run in result["runs"].values()]
+    assert distances[-1] < distances[0]
+    config = load_weights(WEIGHTS)[1]
+    assert config.steps == result["runs"][str(minutes.MINUTES[-1])]["steps"]
+    assert config == replace(PROFILES["laptop"], steps=config.steps)
+
+
+def test_samplers_are_whole(module):
+    samplers, result = module("samplers"), _recorded("samplers")
+    assert [(r["method"], r["steps"], r["spacing"]) for r in result["rows"]] == samplers.WAYS
+    assert all(row["low"] < row["high"] for row in [result["floor"], *result["rows"]])
+    assert str(load_weights(WEIGHTS)[1].steps) == result["trained steps"]
