@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 from networks import NETWORKS, parameters, width_near
 from safetensors.torch import load_file, save_file
+from samplers import draw
 from time_to_quality import RESULT as SPEEDS
 from time_to_quality import Called
 
 from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices
 from oasis_helpers.evaluation import evaluate, load_segmenter, load_split
-from oasis_helpers.sampling import sample_images
 from oasis_helpers.training import PROFILES, load_weights, train
 
 RESULT = Path(__file__).with_name("evaluation.json")
 PICTURE = Path(__file__).parents[1] / "figures" / "evaluation.png"
-SAMPLES, METHOD, STEPS, SEED = 512, "dpm_solver", 20, 0
+SAMPLES, METHOD, STEPS = 320, "dpm_solver", 20
 LEARNED_BY_HEART = 8  # slices
 
 
@@ -68,13 +68,9 @@ def main() -> None:
     segmenter, laptop = load_segmenter(), PROFILES["laptop"]
     slices = load_slices(location.train, laptop.image_size)
     splits = [load_split(f, segmenter) for f in (location.train, location.validate, location.test)]
-    rows, setting = {}, f"{SAMPLES} samples each, {METHOD}, {STEPS} steps, seed {SEED}; {location}"
-    shape = (SAMPLES, 1, laptop.image_size, laptop.image_size)
+    rows, setting = {}, f"{SAMPLES} samples each, {METHOD}, {STEPS} steps; {location}"
     for name, network in networks(slices, out).items():
-        images = sample_images(
-            network, laptop.make_schedule(), shape, method=METHOD, steps=STEPS, seed=SEED,
-            prediction=laptop.prediction,
-        )  # fmt: skip
+        images, _ = draw(network, laptop, METHOD, STEPS, "trailing", SAMPLES)
         found = evaluate(images, *splits, segmenter)
         rows[name] = found.rows["generated"]
         print(f"{name}: {rows[name]}", flush=True)
