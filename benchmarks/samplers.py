@@ -90,7 +90,8 @@ def main() -> None:
     result |= {
         "trained steps": steps,
         "machine": f"{threads} of {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
-        "setting": f"{SAMPLES} samples of {WEIGHTS.name} (half of it for 1,000 steps), {config.precision}; {len(set(real.cases))} heads",
+        "setting": f"{SAMPLES} samples of {WEIGHTS.name} (half of it for 1,000 steps), {config.precision}; "
+        f"{len(set(real.cases))} heads",
         "seconds per call": seconds_per_call(model, config),
         "floor": with_interval(real, unseen.features, unseen.cases),
     }
