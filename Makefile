@@ -66,7 +66,7 @@ LARGE ?= runs/phantoms-large
 quality: phantoms ## train the weights that ship and measure everything that takes hours (see benchmarks/)
 	[ -d $(LARGE) ] || $(PY) -m oasis_helpers phantoms $(LARGE) --cases 302 35 17
 	$(PY) benchmarks/minutes.py $(LARGE) runs/minutes
-	$(PY) benchmarks/time_to_quality.py
+	$(PY) benchmarks/time_to_quality.py $(LARGE)
 	$(PY) benchmarks/samplers.py $(LARGE)
 	$(PY) benchmarks/evaluation.py $(LARGE) runs/minutes
 	$(PY) benchmarks/ablations.py

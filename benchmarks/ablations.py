@@ -22,7 +22,7 @@ from pathlib import Path
 import joblib
 import torch
 
-from oasis_helpers.data import load_slices, to_unit_range
+from oasis_helpers.data import find_data, load_slices, to_unit_range
 from oasis_helpers.evaluation import embed, kid, load_segmenter, resize_for_segmenter
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
 from oasis_helpers.sampling import sample_images
@@ -64,8 +64,9 @@ CHOICES: dict[str, dict[str, dict]] = {
 class Judge:
     """Slices to learn from and to be compared with, at any size."""
 
-    def __init__(self):
-        location = make_phantoms(phantom_cache())  # not find_data(): these figures are about phantoms
+    def __init__(self, root: str | None = None):
+        # by default not find_data(): these figures are about phantoms
+        location = find_data(root) if root else make_phantoms(phantom_cache())
         self.segmenter, self.folders = load_segmenter(), (location.validate, location.test)
         self.train_folder, self.cache = location.train, {}
 
@@ -83,8 +84,8 @@ class Judge:
 
 
 @cache
-def judge_of_this_process() -> Judge:
-    return Judge()
+def judge_of_this_process(root: str | None = None) -> Judge:
+    return Judge(root)
 
 
 def measure(name: str, config: TrainConfig) -> tuple[str, dict[str, float]]:
