@@ -54,3 +54,14 @@ def test_samplers_are_whole(module):
     assert [(r["method"], r["steps"], r["spacing"]) for r in result["rows"]] == samplers.WAYS
     assert all(row["low"] < row["high"] for row in [result["floor"], *result["rows"]])
     assert str(load_weights(WEIGHTS)[1].steps) == result["trained steps"]
+
+
+def test_the_report_judges_what_ships_between_floor_and_ceiling(module):
+    module("evaluation")  # imports: the script still fits the package
+    rows = _recorded("evaluation")["rows"]
+    kid = {name: row["KID"] for name, row in rows.items()}
+    assert kid["weights that ship"] < kid["5 minutes"] < kid["mean of training"] < kid["noise"]
+    copies = {name: row["nearer to training, features"] for name, row in rows.items()}
+    assert copies["weights that ship"] < 0.05 < 0.5 < copies["learned by heart"]
+    card = WEIGHTS.with_suffix(".md").read_text()
+    assert f"{kid['weights that ship']:.2f}" in card and f"{kid['held-out slices']:.2f}" in card
