@@ -245,23 +245,27 @@ def fid(real: Tensor, generated: Tensor) -> float:
     return float(metric.compute())
 
 
-def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, float]:
+def precision_recall(
+    real: Tensor, generated: Tensor, k: int = 5, *, cases: tuple[Sequence[int], Sequence[int]] | None = None
+) -> dict[str, float]:
     """Fidelity and diversity apart: precision, recall, density and coverage of features (N, D), (M, D).
 
     A set's region is the union of a ball around each point, as large as the distance to its k-th neighbour.
     Precision: the share of generated images in the real region; recall: of real images in the generated
     one (Kynkäänniemi et al. 2019). Density: how many real balls a generated image lies in, over k;
     coverage: the share of real balls with a generated image in them (Naeem et al. 2020, which mend
-    what a single outlier does to the first two). Raises ``ValueError`` for k + 1 images or fewer.
+    what a single outlier does to the first two). ``cases``, of the real and of the generated images:
+    neighbours are then sought in other cases, for those of a slice are mostly slices of its own head, and
+    sets with more slices of a head would get smaller balls. Raises ``ValueError`` for too few images to have
+    k neighbours.
     """
     _check_features(real, generated)
     if min(len(real), len(generated)) <= k + 1:
         raise ValueError(
             f"{len(real)} real and {len(generated)} generated images are too few for {k} neighbours each."
         )
-    radius_real, radius_generated = (
-        torch.cdist(points, points).kthvalue(k + 1, dim=1).values for points in (real, generated)
-    )
+    of_real, of_generated = cases or (range(len(real)), range(len(generated)))  # each its own case
+    radius_real, radius_generated = _radius(real, k, of_real), _radius(generated, k, of_generated)
     distances = torch.cdist(real, generated)
     in_real = distances <= radius_real[:, None]
     return {
@@ -270,6 +274,15 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 5) -> dict[str, f
         "density": float(in_real.float().sum(0).mean() / k),
         "coverage": float(in_real.any(1).float().mean()),
     }
+
+
+def _radius(points: Tensor, k: int, cases: Sequence[int]) -> Tensor:
+    """Distance (N,) from each point (N, D) to its k-th neighbour in another case."""
+    labels = torch.as_tensor(cases)
+    radius = torch.cdist(points, points).masked_fill(labels[:, None] == labels, torch.inf).kthvalue(k).values
+    if not radius.isfinite().all():
+        raise ValueError(f"some images have fewer than {k} others in other cases: load more cases.")
+    return radius
 
 
 def ms_ssim(images: Tensor, *, pairs: int = 200, seed: int = 0) -> float:
@@ -301,7 +314,8 @@ def bootstrap(
 
     ``cases``: for each set the case of every image; the slices of one head are no independent
     observations, so they come or stay away together (for generated images, each its own case).
-    ``statistic`` gets one tensor of indices a set and returns the figure.
+    ``statistic`` gets one tensor of indices a set and returns the figure. A case drawn twice meets itself,
+    which makes sets look less alike: the interval of a distance leans upward, the more so for few cases.
     """
     generator = torch.Generator().manual_seed(seed)
     places = [_places(torch.as_tensor(labels)) for labels in cases]
@@ -494,11 +508,12 @@ def evaluate(
         "mean of training": Split(mean, embed(mean, segmenter), alone),
         "noise": Split(noise, embed(noise, segmenter), alone),
     }
+    count = min(len(split.images) for split in (*sets.values(), validate))  # FIDs of unlike counts differ
     real_anatomy = anatomy(segment(validate.images, segmenter))
     rows, found = {}, {}
     for name, split in sets.items():
         found[name] = anatomy(segment(split.images, segmenter))
-        rows[name] = _row(split, train, validate, test, rounds)
+        rows[name] = _row(split, train, validate, test, rounds, count)
         distances = anatomy_distances(real_anatomy, found[name])
         rows[name] |= {f"anatomy: {part}": value for part, value in distances.items()}
     copies = memorisation(*(s.features for s in (sets["generated"], train, validate, test)))
@@ -515,17 +530,19 @@ def check_sample(images: Tensor) -> Tensor:
     return images
 
 
-def _row(split: Split, train: Split, validate: Split, test: Split, rounds: int) -> dict[str, float | None]:
-    """The figures of one set of images."""
+def _row(
+    split: Split, train: Split, validate: Split, test: Split, rounds: int, count: int
+) -> dict[str, float | None]:
+    """The figures of one set of images; FID by ``count`` of them, evenly spaced, and as many real ones."""
 
     def distance(real: Tensor, generated: Tensor) -> float:
         return kid(validate.features[real], split.features[generated])[0]
 
     low, high = bootstrap(distance, validate.cases, split.cases, rounds=rounds)
     row = {"KID": kid(validate.features, split.features)[0], "KID, low": low, "KID, high": high}
-    enough = min(len(validate.features), len(split.features)) > split.features.shape[1]
-    row["FID"] = fid(validate.features, split.features) if enough else None
-    row |= precision_recall(validate.features, split.features)
+    few = (x[torch.linspace(0, len(x) - 1, count).long()] for x in (validate.features, split.features))
+    row["FID"] = fid(*few) if count > split.features.shape[1] else None
+    row |= precision_recall(validate.features, split.features, cases=(validate.cases, split.cases))
     row["MS-SSIM of pairs"] = ms_ssim(split.images)
     for name in ("images", "features"):
         sets = (getattr(s, name).flatten(1) for s in (split, train, validate, test))

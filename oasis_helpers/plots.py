@@ -87,12 +87,13 @@ def lines(
     logy: bool = False,
     size: tuple[float, float] = (5.5, 3.0),
 ) -> Figure:
-    """Curves by name, each (x, y), with a legend when there are several."""
+    """Curves by name, each (x, y), with a legend when there are several. One point is drawn as a dot."""
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     styles = ("-", "--", "-.", ":", "-", "--")
     for (name, (x, y)), colour, style in zip(curves.items(), COLOURS, styles):
-        axis.plot(np.asarray(x), np.asarray(y), style, color=colour, label=name, linewidth=1.6)
+        dot = "o" if len(x) == 1 else None
+        axis.plot(np.asarray(x), np.asarray(y), style, marker=dot, color=colour, label=name, linewidth=1.6)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if logx:
         axis.set_xscale("log")

@@ -198,6 +198,19 @@ def test_likeness_of_pairs():
         ms_ssim(_images(1))
 
 
+def test_neighbours_are_sought_in_other_cases():
+    # two real heads of six slices each, far apart; a sample between them is near neither head's own ball
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.tensor([[0.0, 0.0], [10.0, 0.0]]).repeat_interleave(6, 0)
+    real = heads + 0.1 * torch.randn(heads.shape, generator=generator)
+    cases = [0] * 6 + [1] * 6
+    between = torch.tensor([[5.0, 0.0]]) + 0.1 * torch.randn((8, 2), generator=generator)
+    assert precision_recall(real, between)["precision"] == 0
+    assert precision_recall(real, between, cases=(cases, range(8)))["precision"] == 1
+    with pytest.raises(ValueError, match="fewer than 5 others in other cases"):
+        precision_recall(real, real, cases=([0] * 12, cases))
+
+
 def test_the_bootstrap_draws_whole_cases():
     generator = torch.Generator().manual_seed(0)
     cases = torch.arange(30).repeat_interleave(10)

@@ -42,6 +42,13 @@ def test_panels_follow_t(t):
     assert np.array_equal(one, _pixels(plots.noising_panel(x0, noise, s, t)))
 
 
+def test_a_single_point_can_be_seen():
+    curves = {"curve": ([1, 10], [1, 2]), "point": ([5], [1.5])}
+    with_point = _pixels(plots.lines(curves, "x", "y"))
+    curves["point"] = ([5], [1.6])
+    assert (with_point != _pixels(plots.lines(curves, "x", "y"))).any()
+
+
 def test_other_figures_show_their_data():
     assert (
         _pixels(plots.lines({"a": ([0, 1], [0, 1])}, "x", "y"))
