@@ -3,9 +3,11 @@
 ``python benchmarks/time_to_quality.py ROOT`` needs the large phantom set (``python -m oasis_helpers phantoms
 ROOT --cases 302 35 17``). It trains this U-Net and those of three well-known libraries (see ``networks.py``:
 equal parameters within a tenth) by the same loop on the same slices, three seeds. First the speed of each is
-measured, one after the other with all cores and nothing else running; it says how many steps the minutes
-hold for each, and the learning rate falls to zero over them. The runs themselves then go in parallel, a
-thread each. Judged by the KID between 128 samples and held-out slices in the features of the segmenter.
+measured with all cores and nothing else running, in turn, the median of five rounds; it says how many steps
+the minutes hold for each, and the learning rate falls to zero over them. The runs themselves then go in
+parallel, a thread each. Judged by what ``evaluation.py`` measures: distances, precision and coverage between
+320 samples and the held-out slices in the features of the segmenter, and how far their anatomy is off;
+beside it, as the floor, the same for 320 slices of other heads.
 Everything is stored as it comes: started again, it goes on. Draws ``figures/time_to_quality.png``.
 """
 
@@ -23,19 +25,31 @@ from pathlib import Path
 import joblib
 import numpy as np
 import torch
-from ablations import Judge, judge_of_this_process
 from networks import NETWORKS, parameters, width_near
 from torch import nn
 
 from oasis_helpers import plots
-from oasis_helpers.data import to_unit_range
+from oasis_helpers.data import find_data, load_slices
+from oasis_helpers.evaluation import (
+    Split,
+    anatomy,
+    anatomy_distances,
+    embed,
+    fid,
+    kid,
+    load_segmenter,
+    load_split,
+    precision_recall,
+    segment,
+)
 from oasis_helpers.sampling import sample_images
 from oasis_helpers.training import PROFILES, autocast, train
 
 RESULT = Path(__file__).with_name("time_to_quality.json")
 SAMPLED = RESULT.with_suffix(".npz")
 PICTURE = Path(__file__).parents[1] / "figures" / "time_to_quality.png"
-SEEDS, SAMPLES, SAMPLING_STEPS = (0, 1, 2), 128, 20
+SEEDS, ROUNDS, SAMPLES, SAMPLING_STEPS = (0, 1, 2), 5, 320, 20
+SHOWN = ("KID", "FID", "precision", "coverage", "brain", "ventricles", "symmetry")
 CONFIG = PROFILES["laptop"]
 
 
@@ -57,7 +71,7 @@ def fresh(name: str, width: int, seed: int) -> nn.Module:
         return Called(NETWORKS[name](width))
 
 
-def steps_per_second(name: str, width: int, slices: torch.Tensor, count: int = 20) -> float:
+def steps_per_second(name: str, width: int, slices: torch.Tensor, count: int = 15) -> float:
     """Speed of training on all cores, with nothing beside it."""
     torch.set_num_threads(os.cpu_count())
     for state in train(replace(CONFIG, steps=count + 3), slices, model=fresh(name, width, 0), device="cpu"):
@@ -66,12 +80,29 @@ def steps_per_second(name: str, width: int, slices: torch.Tensor, count: int = 2
     return count / (time.perf_counter() - started)
 
 
+def quality(split: Split, real: Split, segmenter) -> dict[str, float]:
+    """How far the images are from the real ones, as features and as anatomy (in deviations of the real)."""
+    found = {"KID": kid(real.features, split.features)[0], "FID": fid(real.features, split.features)}
+    found |= precision_recall(real.features, split.features, cases=(real.cases, split.cases))
+    parts = (anatomy(segment(images, segmenter)) for images in (real.images, split.images))
+    return found | anatomy_distances(*parts)
+
+
+def floor(root: str) -> dict[str, float]:
+    """What as many slices of other heads reach."""
+    location, segmenter = find_data(root), load_segmenter()
+    real, others = (load_split(folder, segmenter) for folder in (location.validate, location.test))
+    some = torch.linspace(0, len(others.cases) - 1, SAMPLES).long()
+    cases = [others.cases[i] for i in some.tolist()]
+    return quality(Split(others.images[some], others.features[some], cases), real, segmenter)
+
+
 def measure(root: str, name: str, width: int, seed: int, steps: int) -> tuple[str, int, dict, np.ndarray]:
     """One run: network, seed, what it reached, and its first eight samples as bytes."""
     torch.set_num_threads(1)
-    judge = judge_of_this_process(root)
+    location, segmenter = find_data(root), load_segmenter()
     config = replace(CONFIG, steps=steps, warmup=min(CONFIG.warmup, steps // 5), seed=seed)
-    slices = judge.at(config.image_size)[0]
+    slices = load_slices(location.train, config.image_size)
     *_, state = train(config, slices, model=fresh(name, width, seed), device="cpu")
     shape = (SAMPLES, 1, config.image_size, config.image_size)
     with autocast(config, torch.device("cpu")):
@@ -79,20 +110,26 @@ def measure(root: str, name: str, width: int, seed: int, steps: int) -> tuple[st
             state.ema.model, config.make_schedule(), shape, method="dpm_solver", steps=SAMPLING_STEPS,
             seed=seed, prediction=config.prediction,
         ).float()  # fmt: skip
-    found = {"steps": steps, "kid": judge.distance(samples, config.image_size)}
-    return name, seed, found, ((samples[:8].clamp(-1, 1) + 1) * 127.5).byte().numpy()
+    samples = samples.clamp(-1, 1)
+    each = Split(samples, embed(samples, segmenter), list(range(SAMPLES)))
+    found = {"steps": steps} | quality(each, load_split(location.validate, segmenter), segmenter)
+    return name, seed, found, ((samples[:8] + 1) * 127.5).byte().numpy()
 
 
 def show(result: dict) -> None:
     """Print the table."""
     print(result["machine"], "·", result["setting"])
-    print(f"training slices against held-out ones: {result['floor']:.3f}")
-    print(f"{'network':<28} {'parameters':>11} {'steps':>7} {'KID':>16}")
+    print(f"{'':<28}{'parameters':>11}{'steps':>7}" + "".join(f"{what:>15}" for what in SHOWN))
+    print(
+        f"{'other held-out slices':<46}" + "".join(f"{result['floor'][what]:>8.2f}{'':7}" for what in SHOWN)
+    )
     for name, runs in result["runs"].items():
-        kids = [run["kid"] for run in runs.values()]
-        spread = f" ± {statistics.stdev(kids):.3f}" if len(kids) > 1 else ""
-        count, steps = result["parameters"][name], next(iter(runs.values()))["steps"]
-        print(f"{name:<28} {count:>11,} {steps:>7} {statistics.mean(kids):>8.3f}{spread}")
+        line = f"{name:<28}{result['parameters'][name]:>11,}{next(iter(runs.values()))['steps']:>7}"
+        for what in SHOWN:
+            values = [run[what] for run in runs.values()]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{'':7}"
+            line += f"{statistics.mean(values):>8.2f}{spread}"
+        print(line)
 
 
 def picture(minutes: float):
@@ -115,15 +152,15 @@ def main() -> None:
     widths = {name: width_near(name, ours) for name in NETWORKS}
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
     if "steps per second" not in result:
-        judge = Judge(args.root)
-        slices = judge.at(CONFIG.image_size)[0]
-        result["floor"] = judge.distance(to_unit_range(slices[::8]), CONFIG.image_size)
-        result["steps per second"] = {n: steps_per_second(n, width, slices) for n, width in widths.items()}
+        slices = load_slices(find_data(args.root).train, CONFIG.image_size)
+        rounds = [{n: steps_per_second(n, w, slices) for n, w in widths.items()} for _ in range(ROUNDS)]
+        result["steps per second"] = {n: statistics.median(found[n] for found in rounds) for n in widths}
     speeds, runs = result["steps per second"], result["runs"]
     result |= {
+        "floor": floor(args.root),
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"{args.minutes:g} minutes each, laptop profile's loop, {len(SEEDS)} seeds, "
-        f"KID of {SAMPLES} samples of {SAMPLING_STEPS} DPM-Solver++ steps",
+        f"{SAMPLES} samples of {SAMPLING_STEPS} DPM-Solver++ steps",
         "parameters": {name: parameters(NETWORKS[name](width)) for name, width in widths.items()},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -122,7 +122,7 @@ PROFILES = {
     "quick": TrainConfig(base_channels=16, channel_mult=(1, 2, 4), steps=200, lr=2e-3, ema_decay=0.98),
     # heads in five minutes on two cores (steps=1200); an hour gives the weights that ship
     "laptop": TrainConfig(
-        steps=14_800, batch_size=8, lr=1.5e-3, warmup=100, min_snr_gamma=5.0, precision="bf16",
+        steps=14_800, batch_size=8, lr=1e-3, warmup=100, min_snr_gamma=5.0, precision="bf16",
     ),
     # a GPU's worth: 128×128, about 20 million parameters
     "full": TrainConfig(

@@ -43,8 +43,7 @@ def _zero(layer: nn.Module) -> nn.Module:
 class ResBlock(nn.Module):
     """Two 3×3 convolutions around a time-dependent scale and shift, plus a shortcut.
 
-    ``forward(x, emb)``: (B, in_channels, H, W) and (B, emb_dim) → (B, out_channels, H, W). The
-    second convolution starts at zero, so a fresh block is its shortcut.
+    ``forward(x, emb)``: (B, in_channels, H, W) and (B, emb_dim) → (B, out_channels, H, W).
     """
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int):
@@ -53,7 +52,8 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = _norm(out_channels)
-        self.conv2 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        # not started at zero, as many do: so shallow a network gains nothing, and learns more slowly at first
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = (
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         )

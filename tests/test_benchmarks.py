@@ -66,3 +66,14 @@ def test_the_report_judges_what_ships_between_floor_and_ceiling(module):
     card = WEIGHTS.with_suffix(".md").read_text()
     assert f"{kid['weights that ship']:.2f}" in card
     assert f"{kid['held-out slices']:.2f}" in card
+
+
+def test_every_network_had_the_same_minutes(module):
+    race, result = module("time_to_quality"), _recorded("time_to_quality")
+    names = list(module("networks").NETWORKS)
+    assert sorted(result["runs"]) == sorted(result["parameters"]) == sorted(names)
+    sizes = list(result["parameters"].values())
+    assert max(sizes) < 1.1 * min(sizes)
+    for name, runs in result["runs"].items():
+        assert sorted(map(int, runs)) == list(race.SEEDS)
+        assert {run["steps"] for run in runs.values()} == {int(300 * result["steps per second"][name])}
