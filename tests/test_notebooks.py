@@ -117,6 +117,19 @@ def test_it_teaches_as_promised(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_nothing_is_left_to_be_written(name):
+    cells = ALL[name].cells
+    for cell, following in zip(cells, [*cells[1:], None]):
+        if cell.cell_type != "markdown":
+            continue
+        assert not re.search(r"XXX|TODO|FIXME|@@", cell.source), cell.source[:80]
+        _, *sections = re.split(r"^#+ (.*)$", cell.source, flags=re.M)
+        for heading, body in zip(sections[::2], sections[1::2]):
+            last = body is sections[-1]
+            assert body.strip() or (last and following and following.cell_type == "code"), heading
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_every_equation_is_followed_by_code(name):
     cells = ALL[name].cells
     for number, cell in enumerate(cells):
