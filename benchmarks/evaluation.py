@@ -3,7 +3,8 @@
 ``python benchmarks/evaluation.py ROOT OUT`` needs the large phantom set (``python -m oasis_helpers phantoms
 ROOT --cases 302 35 17``) and the five-minute weights that ``minutes.py ROOT OUT`` has left in OUT. It trains
 one more network for as many steps, on eight slices over and over, which the search for copies must catch.
-Prints and stores all figures of ``evaluate``, and draws ``figures/evaluation.png`` for the weights that ship.
+Prints and stores all figures of ``evaluate``, and draws ``figures/evaluation.png`` for the weights that ship;
+of those it also stores the loss in ten ranges of t, on held-out slices and on as many training slices.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from samplers import draw
 from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices
 from oasis_helpers.evaluation import evaluate, load_segmenter, load_split
-from oasis_helpers.training import PROFILES, load_weights, train_to
+from oasis_helpers.training import PROFILES, load_weights, train_to, validation_loss
 
 RESULT = Path(__file__).with_name("evaluation.json")
 PICTURE = Path(__file__).parents[1] / "figures" / "evaluation.png"
@@ -41,6 +42,14 @@ def networks(slices: torch.Tensor, out: Path) -> dict[str, torch.nn.Module]:
         "5 minutes": short,
         "learned by heart": load_weights(path)[0],
     }
+
+
+def losses(learned: torch.Tensor, held_out: torch.Tensor) -> dict[str, list[float]]:
+    """Mean squared error of the weights that ship in ten ranges of t: learned slices against held-out ones."""
+    network, config = load_weights()
+    some = torch.linspace(0, len(learned) - 1, len(held_out)).long()
+    sets = {"held out": held_out, "training": learned[some]}
+    return {name: validation_loss(network, config, part).tolist() for name, part in sets.items()}
 
 
 def main() -> None:
@@ -65,6 +74,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": setting,
         "rows": rows | ends,
+        "loss by t": losses(slices, load_slices(location.validate, laptop.image_size)),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
