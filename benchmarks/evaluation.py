@@ -45,7 +45,7 @@ def networks(slices: torch.Tensor, out: Path) -> dict[str, torch.nn.Module]:
 
 
 def losses(learned: torch.Tensor, held_out: torch.Tensor) -> dict[str, list[float]]:
-    """Mean squared error of the weights that ship in ten ranges of t: learned slices against held-out ones."""
+    """Mean squared error of the weights that ship in ten ranges of t, on held-out and on learned slices."""
     network, config = load_weights()
     some = torch.linspace(0, len(learned) - 1, len(held_out)).long()
     sets = {"held out": held_out, "training": learned[some]}

@@ -136,10 +136,9 @@ def picture(minutes: float):
     """Eight samples of each network, a row each, of seed 0."""
     with np.load(SAMPLED) as file:
         rows = {name: file[name] for name in NETWORKS if name in file}
-    titles = [name if i == 0 else "" for name in rows for i in range(8)]
     images = [torch.from_numpy(image) for name in rows for image in rows[name]]
-    title = f"{minutes:g} minutes of training each · synthetic – not for diagnosis"
-    return plots.grid(images, columns=8, titles=titles, title=title)
+    title = f"{minutes:g} minutes of training each, from above: {', '.join(rows)} · synthetic"
+    return plots.grid(images, columns=8, title=title)
 
 
 def main() -> None:
