@@ -80,18 +80,14 @@ def test_every_network_had_the_same_minutes(module):
         assert {run["steps"] for run in runs.values()} == {int(300 * result["steps per second"][name])}
 
 
-def test_this_network_is_the_best_after_the_same_minutes(module):
-    """README claims it: by the mean over the seeds, in every column of its table."""
-    race, readme = _recorded("time_to_quality"), (ROOT / "README.md").read_text()
-    means = {
-        name: {column: statistics.mean(run[column] for run in runs.values()) for column in runs["0"]}
-        for name, runs in race["runs"].items()
-    }
-    ours = means.pop("oasis_helpers")
-    for name, other in means.items():
-        for column in ("KID", "FID", "ventricles", "symmetry"):
-            assert ours[column] < other[column], (name, column)
-        for column in ("precision", "coverage"):
-            assert ours[column] > other[column], (name, column)
-        assert f"| {other['KID']:.2f} ± " in readme
-    assert f"| {ours['KID']:.2f} ± " in readme
+def test_this_network_is_the_best_after_the_same_minutes():
+    """README and notebook 6 claim it: its worst seed is better than the best seed of any other."""
+    race, readme = _recorded("time_to_quality")["runs"], (ROOT / "README.md").read_text()
+    ours = race["oasis_helpers"].values()
+    others = [run for name, runs in race.items() if name != "oasis_helpers" for run in runs.values()]
+    for column in ("KID", "FID", "ventricles", "symmetry"):
+        assert max(run[column] for run in ours) < min(run[column] for run in others), column
+    for column in ("precision", "coverage"):
+        assert min(run[column] for run in ours) > max(run[column] for run in others), column
+    for runs in race.values():
+        assert f"| {statistics.mean(run['KID'] for run in runs.values()):.2f} ± " in readme
