@@ -15,7 +15,6 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,15 +24,13 @@ import torch
 from oasis_helpers.data import find_data, load_slices, to_unit_range
 from oasis_helpers.evaluation import embed, kid, load_segmenter, resize_for_segmenter
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
-from oasis_helpers.sampling import sample_images
+from oasis_helpers.sampling import clipped, sample_images
 from oasis_helpers.training import TrainConfig, train
 
 RESULT = Path(__file__).with_name("ablations.json")
 SEEDS = (0, 1, 2)
 SAMPLES, SAMPLING_STEPS = 256, 20
-BASE = TrainConfig(
-    image_size=32, base_channels=16, channel_mult=(1, 2, 4), steps=500, lr=2e-3, ema_decay=0.995,
-)  # fmt: skip
+BASE = TrainConfig(steps=500, lr=2e-3, ema_decay=0.995).replace(image_size=32, base_channels=16)
 
 # What is changed → the settings tried, each as the fields that differ from BASE.
 CHOICES: dict[str, dict[str, dict]] = {
@@ -98,22 +95,20 @@ def measure(name: str, config: TrainConfig) -> tuple[str, dict[str, float]]:
     """One training run: its name, KID of the averaged and of the last weights, and the seconds it took."""
     torch.set_num_threads(1)  # so small a network gains nothing from a second thread; two processes do
     judge, started = judge_of_this_process(), time.perf_counter()
-    *_, state = train(config, judge.at(config.image_size)[0], device="cpu")
+    objective = config.objective
+    *_, state = train(config, judge.at(objective.image_size)[0], device="cpu")
     found = {"seconds": time.perf_counter() - started}
-    shape = (SAMPLES, 1, config.image_size, config.image_size)
     for which, network in (("average", state.ema.model), ("last step", state.model.eval())):
-        samples = sample_images(
-            network, config.make_schedule(), shape, method="ddim", steps=SAMPLING_STEPS, seed=config.seed,
-            prediction=config.prediction,
-        )  # fmt: skip
-        found[which] = judge.distance(samples, config.image_size)
+        denoise = clipped(objective.denoiser(network))
+        samples = sample_images(denoise, SAMPLES, method="ddim", steps=SAMPLING_STEPS, seed=config.seed)
+        found[which] = judge.distance(samples, objective.image_size)
     return name, found
 
 
 def key(config: TrainConfig) -> str:
     """The name of a run in the file: what differs from BASE."""
-    base = asdict(BASE)
-    return ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != base[k]) or "base"
+    base = BASE.settings()
+    return ", ".join(f"{k}={v}" for k, v in config.settings().items() if v != base[k]) or "base"
 
 
 def rows(runs: dict[str, dict]) -> list[dict]:
@@ -122,7 +117,7 @@ def rows(runs: dict[str, dict]) -> list[dict]:
     for choice, settings in CHOICES.items():
         for setting, changes in settings.items():
             which = "last step" if setting == "last step" else "average"
-            names = [key(replace(BASE, seed=seed, **changes)) for seed in SEEDS]
+            names = [key(BASE.replace(seed=seed, **changes)) for seed in SEEDS]
             values = [runs[name][which] for name in names if name in runs]
             if len(values) == len(SEEDS):
                 mean, deviation = statistics.mean(values), statistics.stdev(values)
@@ -156,7 +151,7 @@ def main() -> None:
     for seed in SEEDS:
         for settings in CHOICES.values():
             for changes in settings.values():
-                config = replace(BASE, seed=seed, **changes)
+                config = BASE.replace(seed=seed, **changes)
                 wanted[key(config)] = config
     missing = {name: config for name, config in wanted.items() if name not in runs}
     jobs = (joblib.delayed(measure)(name, config) for name, config in missing.items())
@@ -166,7 +161,7 @@ def main() -> None:
         result = {
             "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
             "setting": f"KID of {SAMPLES} samples, {SAMPLING_STEPS} DDIM steps, {len(SEEDS)} seeds",
-            "base": asdict(BASE),
+            "base": BASE.settings(),
             "floor": judge.distance(to_unit_range(judge.at(32)[0][::4]), 32),
             "table": rows(runs),
             "runs": runs,

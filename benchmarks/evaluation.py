@@ -21,7 +21,8 @@ from samplers import draw
 from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices
 from oasis_helpers.evaluation import evaluate, load_segmenter, load_split
-from oasis_helpers.training import PROFILES, load_weights, train_to, validation_loss
+from oasis_helpers.sampling import Denoiser
+from oasis_helpers.training import PROFILES, load_weights, read_header, train_to, validation_loss
 
 RESULT = Path(__file__).with_name("evaluation.json")
 PICTURE = Path(__file__).parents[1] / "figures" / "evaluation.png"
@@ -29,38 +30,40 @@ SAMPLES, METHOD, STEPS = 320, "dpm_solver", 20
 LEARNED_BY_HEART = 8  # slices
 
 
-def networks(slices: torch.Tensor, out: Path) -> dict[str, torch.nn.Module]:
+def networks(slices: torch.Tensor, out: Path) -> dict[str, Denoiser]:
     """What is judged, by name."""
-    short, config = load_weights(out / "laptop-5-minutes.safetensors")
-    path = out / "eight-slices.safetensors"
+    short, path = out / "laptop-5-minutes.safetensors", out / "eight-slices.safetensors"
     if not path.exists():
         few = slices[:: len(slices) // LEARNED_BY_HEART][:LEARNED_BY_HEART]
-        for _ in train_to(path, config, few, device="cpu", data=f"{LEARNED_BY_HEART} phantom slices"):
+        config = PROFILES["laptop"].replace(**read_header(short).training)
+        for _ in train_to(
+            path, config, few, device="cpu", card={"data": f"{LEARNED_BY_HEART} phantom slices"}
+        ):
             pass
     return {
-        "weights that ship": load_weights()[0],
-        "5 minutes": short,
-        "learned by heart": load_weights(path)[0],
+        "weights that ship": load_weights(),
+        "5 minutes": load_weights(short),
+        "learned by heart": load_weights(path),
     }
 
 
 def losses(learned: torch.Tensor, held_out: torch.Tensor) -> dict[str, list[float]]:
     """Mean squared error of the weights that ship in ten ranges of t, on held-out and on learned slices."""
-    network, config = load_weights()
+    network, laptop = load_weights().network, PROFILES["laptop"]
     some = torch.linspace(0, len(learned) - 1, len(held_out)).long()
     sets = {"held out": held_out, "training": learned[some]}
-    return {name: validation_loss(network, config, part).tolist() for name, part in sets.items()}
+    return {name: validation_loss(network, laptop, part).tolist() for name, part in sets.items()}
 
 
 def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
     location, out = find_data(sys.argv[1]), Path(sys.argv[2])
-    segmenter, laptop = load_segmenter(), PROFILES["laptop"]
-    slices = load_slices(location.train, laptop.image_size)
+    segmenter, size = load_segmenter(), PROFILES["laptop"].objective.image_size
+    slices = load_slices(location.train, size)
     splits = [load_split(f, segmenter) for f in (location.train, location.validate, location.test)]
     rows, setting = {}, f"{SAMPLES} samples each, {METHOD}, {STEPS} steps; {location}"
-    for name, network in networks(slices, out).items():
-        images, _ = draw(network, laptop, METHOD, STEPS, "trailing", SAMPLES)
+    for name, denoise in networks(slices, out).items():
+        images, _ = draw(denoise, METHOD, STEPS, "trailing", SAMPLES)
         found = evaluate(images, *splits, segmenter)
         rows[name] = found.rows["generated"]
         print(f"{name}: {rows[name]}", flush=True)
@@ -74,7 +77,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": setting,
         "rows": rows | ends,
-        "loss by t": losses(slices, load_slices(location.validate, laptop.image_size)),
+        "loss by t": losses(slices, load_slices(location.validate, size)),
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -15,7 +15,6 @@ import os
 import platform
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices, to_unit_range
 from oasis_helpers.evaluation import Segmenter, anatomy, embed, kid, load_segmenter, segment
-from oasis_helpers.sampling import sample_images
+from oasis_helpers.sampling import clipped, sample_images
 from oasis_helpers.training import PROFILES, autocast, checkpoints, load_weights, train, train_to
 
 RESULT = Path(__file__).with_name("minutes.json")
@@ -35,7 +34,7 @@ MINUTES, SAMPLES, SAMPLING_STEPS = (1, 2, 5, 60), 128, 20
 def steps_per_second(slices: torch.Tensor, count: int = 60) -> float:
     """Speed of the laptop profile on all cores."""
     torch.set_num_threads(os.cpu_count())
-    for state in train(replace(PROFILES["laptop"], steps=count + 5), slices, device="cpu"):
+    for state in train(PROFILES["laptop"].replace(steps=count + 5), slices, device="cpu"):
         if state.step == 5:
             started = time.perf_counter()
     return count / (time.perf_counter() - started)
@@ -48,8 +47,9 @@ def mean_symmetry(images: torch.Tensor, segmenter: Segmenter) -> float:
 
 def main() -> None:
     location, out = find_data(sys.argv[1]), Path(sys.argv[2])
-    slices = load_slices(location.train, PROFILES["laptop"].image_size)
-    held_out = to_unit_range(load_slices(location.validate, PROFILES["laptop"].image_size))
+    laptop = PROFILES["laptop"]
+    slices = load_slices(location.train, laptop.objective.image_size)
+    held_out = to_unit_range(load_slices(location.validate, laptop.objective.image_size))
     segmenter, pictures, runs = load_segmenter(), [], {}
     speed_file = out / "steps-per-second"
     if not speed_file.exists():
@@ -61,23 +61,19 @@ def main() -> None:
         path = out / f"laptop-{minutes}-minutes.safetensors"
         steps = int(60 * minutes * speed)
         if not path.exists():
-            config = replace(
-                PROFILES["laptop"], steps=steps, warmup=min(PROFILES["laptop"].warmup, steps // 5)
-            )
-            data = "phantoms: 302 cases, recipe 2, seed 0"
-            states = train_to(path, config, slices, device="cpu", data=data, resume=bool(checkpoints(path)))
+            config = laptop.replace(steps=steps, warmup=min(laptop.warmup, steps // 5))
+            card = {"data": "phantoms: 302 cases, recipe 2, seed 0"}
+            states = train_to(path, config, slices, device="cpu", card=card, resume=bool(checkpoints(path)))
             for _ in tqdm(states, total=steps, desc=f"{minutes} minutes", mininterval=30):
                 pass
-        network, config = load_weights(path)
-        shape = (SAMPLES, 1, config.image_size, config.image_size)
-        with autocast(config, torch.device("cpu")):
+        with autocast(laptop, torch.device("cpu")):
             samples = sample_images(
-                network, config.make_schedule(), shape, method="dpm_solver", steps=SAMPLING_STEPS, seed=0,
-                prediction=config.prediction,
-            ).float().clamp(-1, 1)  # fmt: skip
+                clipped(load_weights(path)), SAMPLES, method="dpm_solver", steps=SAMPLING_STEPS
+            )
+        samples = samples.float().clamp(-1, 1)
         distance, spread = kid(embed(held_out, segmenter), embed(samples, segmenter))
         runs[str(minutes)] = {
-            "steps": config.steps, "KID": distance, "over subsets": spread,
+            "steps": steps, "KID": distance, "over subsets": spread,
             "symmetry": mean_symmetry(samples, segmenter),
         }  # fmt: skip
         print(f"{minutes} minutes: {runs[str(minutes)]}", flush=True)

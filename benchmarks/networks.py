@@ -29,11 +29,9 @@ WARM_UP, STEPS = 2, 6
 
 
 def ours(width: int):
-    from dataclasses import replace
-
     from oasis_helpers.training import PROFILES
 
-    return replace(PROFILES["laptop"], base_channels=width, precision="fp32").make_model()
+    return PROFILES["laptop"].replace(base_channels=width).make_network()
 
 
 def diffusers(width: int):
@@ -138,7 +136,7 @@ def main() -> None:
     missing = [name for name, package in PACKAGES.items() if find_spec(package) is None]
     print("not installed, left out:", ", ".join(missing) or "none")
     names = [name for name in NETWORKS if name not in missing]
-    wanted = parameters(PROFILES["laptop"].make_model())
+    wanted = parameters(PROFILES["laptop"].make_network())
     widths = {name: width_near(name, wanted) for name in names}
     counts = {name: parameters(NETWORKS[name](widths[name])) for name in names}
     found = {(name, precision): [] for precision in PRECISIONS for name in names}

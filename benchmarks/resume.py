@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from oasis_helpers.data import find_data
-from oasis_helpers.training import checkpoints, load_weights
+from oasis_helpers.training import checkpoints, load_weights, run_folder
 
 RESULT = Path(__file__).with_name("resume.json")
 KILLS, EVERY, STEPS = 20, 2, 4000
@@ -43,26 +43,27 @@ def main() -> None:
     rng, lost, torn = np.random.default_rng(0), [], 0
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "killed.safetensors"
+        metrics = run_folder(out) / "metrics.csv"
         for number in range(KILLS):
             process = subprocess.Popen(command(out, *(["--resume"] if number else [])), **quiet)
-            before = max(steps_in(out.with_suffix(".csv")), default=0) if number else 0
-            while not checkpoints(out) or max(steps_in(out.with_suffix(".csv")), default=0) <= before:
+            before = max(steps_in(metrics), default=0) if number else 0
+            while not checkpoints(out) or max(steps_in(metrics), default=0) <= before:
                 time.sleep(0.05)  # until it trains again
-            while not list(out.parent.glob(f".{out.stem}.*.part")):
+            while not list(metrics.parent.glob(".*.part")):
                 pass  # until it writes a checkpoint
             time.sleep(rng.uniform(0, WRITING))
             process.kill()
             process.wait()
-            torn += len(list(out.parent.glob(".*.part")))
-            reached = max(steps_in(out.with_suffix(".csv")))
-            kept = int(checkpoints(out)[-1].name.split(".step")[1].split(".")[0])
+            torn += len(list(metrics.parent.glob(".*.part")))
+            reached = max(steps_in(metrics))
+            kept = int(checkpoints(out)[-1].stem.removeprefix("step-"))
             lost.append(reached - kept)
-        reached = max(steps_in(out.with_suffix(".csv"))) + 20
+        reached = max(steps_in(metrics)) + 20
         final = [f"steps={reached}"]
         subprocess.run([*command(out, "--resume"), "--set", *SETTINGS, *final], check=True, **quiet)
         whole = Path(folder) / "whole.safetensors"
         subprocess.run([*command(whole), "--set", *SETTINGS, *final], check=True, **quiet)
-        pairs = zip(load_weights(out)[0].parameters(), load_weights(whole)[0].parameters())
+        pairs = zip(load_weights(out).parameters(), load_weights(whole).parameters())
         equal = all(torch.equal(a, b) for a, b in pairs)
     result = {
         "kills": KILLS,

@@ -19,8 +19,8 @@ import torch
 
 from oasis_helpers.data import find_data
 from oasis_helpers.evaluation import bootstrap, embed, kid, load_segmenter, load_split
-from oasis_helpers.sampling import sample
-from oasis_helpers.training import WEIGHTS, autocast, load_weights, read_tensors
+from oasis_helpers.sampling import clipped, sample
+from oasis_helpers.training import WEIGHTS, load_weights, read_header
 
 RESULT = Path(__file__).with_name("samplers.json")
 SAMPLES, BATCH = 256, 64
@@ -39,28 +39,23 @@ def with_interval(real, generated: torch.Tensor, cases: list[int]) -> dict[str, 
     return {"KID": kid(real.features, generated)[0], "low": low, "high": high}
 
 
-def seconds_per_call(model, config) -> float:
+def seconds_per_call(denoise) -> float:
     """Seconds of a network call for one image of a batch, the least of twenty: nothing else should run."""
-    x, t = torch.randn(BATCH, 1, config.image_size, config.image_size), torch.full((BATCH,), config.T // 2)
-    found = []
-    with autocast(config, torch.device("cpu")), torch.no_grad():
+    x, found = torch.randn(BATCH, *denoise.shape), []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         for _ in range(20):
             started = time.perf_counter()
-            model(x, t)
+            denoise(x, denoise.schedule.T // 2)
             found.append((time.perf_counter() - started) / BATCH)
     return min(found)
 
 
-def draw(model, config, method: str, steps: int, spacing: str, count: int) -> tuple[torch.Tensor, int]:
-    """Samples, a seed for each batch, and calls of the network for each sample."""
-    images = []
-    shape = (BATCH, 1, config.image_size, config.image_size)
-    with autocast(config, torch.device("cpu")):
+def draw(denoise, method: str, steps: int, spacing: str, count: int) -> tuple[torch.Tensor, int]:
+    """Samples in bf16, a seed for each batch, and calls of the network for each sample."""
+    images, how = [], {"method": method, "steps": steps, "spacing": spacing}
+    with torch.autocast("cpu", torch.bfloat16):
         for seed in range(count // BATCH):
-            *_, last = sample(
-                model, config.make_schedule(), shape, method=method, steps=steps, spacing=spacing, seed=seed,
-                prediction=config.prediction,
-            )  # fmt: skip
+            *_, last = sample(clipped(denoise), BATCH, seed=seed, **how)
             images.append(last.x.float())
     return torch.cat(images), last.evaluations
 
@@ -82,17 +77,17 @@ def main() -> None:
     torch.set_num_threads(threads)
     location, segmenter = find_data(sys.argv[1]), load_segmenter()
     real, unseen = (load_split(folder, segmenter) for folder in (location.validate, location.test))
-    model, config = load_weights()
-    steps = read_tensors(WEIGHTS)[1].get("steps", "")
+    denoise, header = load_weights(), read_header(WEIGHTS)
+    steps = str(header.card["steps"])
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
     if result.get("trained steps") != steps:
         result = {"rows": []}  # of other weights
     result |= {
         "trained steps": steps,
         "machine": f"{threads} of {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
-        "setting": f"{SAMPLES} samples of {WEIGHTS.name} (half of it for 1,000 steps), {config.precision}; "
+        "setting": f"{SAMPLES} samples of {WEIGHTS.name} (half of it for 1,000 steps), bf16; "
         f"{len(set(real.cases))} heads",
-        "seconds per call": seconds_per_call(model, config),
+        "seconds per call": seconds_per_call(denoise),
         "floor": with_interval(real, unseen.features, unseen.cases),
     }
     done = {(row["method"], row["steps"]) for row in result["rows"]}
@@ -100,7 +95,7 @@ def main() -> None:
         if (method, steps) in done:
             continue
         count = SAMPLES if steps < 1000 else SAMPLES // 2  # KID is right on average for any number
-        images, evaluations = draw(model, config, method, steps, spacing, count)
+        images, evaluations = draw(denoise, method, steps, spacing, count)
         found = with_interval(real, embed(images.clamp(-1, 1), segmenter), list(range(count)))
         row = {"method": method, "steps": steps, "spacing": spacing, "samples": count}
         row["evaluations"] = evaluations

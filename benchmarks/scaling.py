@@ -33,7 +33,6 @@ WARM_UP, STEPS = 2, 6
 def train_some(image_size: int, batch_size: int, slices: int, processes: int, out: str) -> None:
     """Train for some steps and write the images per second (of all processes together) to ``out``."""
     import time
-    from dataclasses import replace
 
     import torch
 
@@ -41,10 +40,9 @@ def train_some(image_size: int, batch_size: int, slices: int, processes: int, ou
 
     torch.set_num_threads(max(os.cpu_count() // processes, 1))
     data = torch.randint(0, 256, (slices, 1, image_size, image_size), dtype=torch.uint8)
-    config = replace(
-        PROFILES["laptop"], image_size=image_size, batch_size=batch_size, precision="fp32",
-        steps=WARM_UP + STEPS,
-    )  # fmt: skip
+    config = PROFILES["laptop"].replace(
+        image_size=image_size, batch_size=batch_size, precision="fp32", steps=WARM_UP + STEPS
+    )
     seconds, before = [], time.perf_counter()
     for state in train(config, data, device="cpu"):  # noqa: B007
         now = time.perf_counter()
@@ -60,15 +58,8 @@ def one(setting: dict[str, int]) -> dict[str, float]:
         out = Path(folder) / "rate"
         command = [sys.executable]
         if setting["processes"] > 1:
-            command += [
-                "-m",
-                "accelerate.commands.launch",
-                "--cpu",
-                "--num_processes",
-                str(setting["processes"]),
-            ]
-            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            command += ["--num_cpu_threads_per_process", str(max(os.cpu_count() // setting["processes"], 1))]
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(setting["processes"])]
         command += [__file__, "--one", json.dumps(setting | {"out": str(out)})]
         code, _, megabytes = measured(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if code:

@@ -33,19 +33,20 @@ def split(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 def main() -> None:
     torch.set_num_threads(os.cpu_count())
     root, started = Path(sys.argv[1]), time.perf_counter()
-    *_, (_, loss, model) = tqdm(train_segmenter(*split(root, "train"), steps=STEPS), total=STEPS)
+    *_, state = tqdm(train_segmenter(*split(root, "train"), steps=STEPS), total=STEPS)
+    model = state.model
     result = {
         "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"{STEPS} steps of 16 slices, bf16 autocast, seed 0",
         "minutes": round((time.perf_counter() - started) / 60, 1),
-        "last loss": loss,
+        "last loss": state.loss,
     }
     for name in ("validate", "test"):
         slices, masks = split(root, name)
         found = dice(segment(to_unit_range(slices), model), masks)
         result[f"Dice, {name}"] = dict(zip(TISSUES, (round(float(value), 4) for value in found)))
     print(json.dumps(result, indent=1))
-    save_segmenter(SEGMENTER, model, data="phantoms, 302 training cases, recipe 2, seed 0")
+    save_segmenter(SEGMENTER, model, {"data": "phantoms: 302 cases, recipe 2, seed 0"})
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -19,7 +19,6 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import joblib
@@ -42,7 +41,7 @@ from oasis_helpers.evaluation import (
     precision_recall,
     segment,
 )
-from oasis_helpers.sampling import sample_images
+from oasis_helpers.sampling import clipped, sample_images
 from oasis_helpers.training import PROFILES, autocast, train
 
 RESULT = Path(__file__).with_name("time_to_quality.json")
@@ -74,7 +73,7 @@ def fresh(name: str, width: int, seed: int) -> nn.Module:
 def steps_per_second(name: str, width: int, slices: torch.Tensor, count: int = 15) -> float:
     """Speed of training on all cores, with nothing beside it."""
     torch.set_num_threads(os.cpu_count())
-    for state in train(replace(CONFIG, steps=count + 3), slices, model=fresh(name, width, 0), device="cpu"):
+    for state in train(CONFIG.replace(steps=count + 3), slices, model=fresh(name, width, 0), device="cpu"):
         if state.step == 3:
             started = time.perf_counter()
     return count / (time.perf_counter() - started)
@@ -101,16 +100,13 @@ def measure(root: str, name: str, width: int, seed: int, steps: int) -> tuple[st
     """One run: network, seed, what it reached, and its first eight samples as bytes."""
     torch.set_num_threads(1)
     location, segmenter = find_data(root), load_segmenter()
-    config = replace(CONFIG, steps=steps, warmup=min(CONFIG.warmup, steps // 5), seed=seed)
-    slices = load_slices(location.train, config.image_size)
+    config = CONFIG.replace(steps=steps, warmup=min(CONFIG.warmup, steps // 5), seed=seed)
+    slices = load_slices(location.train, config.objective.image_size)
     *_, state = train(config, slices, model=fresh(name, width, seed), device="cpu")
-    shape = (SAMPLES, 1, config.image_size, config.image_size)
+    denoise = clipped(config.objective.denoiser(state.ema.model))
     with autocast(config, torch.device("cpu")):
-        samples = sample_images(
-            state.ema.model, config.make_schedule(), shape, method="dpm_solver", steps=SAMPLING_STEPS,
-            seed=seed, prediction=config.prediction,
-        ).float()  # fmt: skip
-    samples = samples.clamp(-1, 1)
+        samples = sample_images(denoise, SAMPLES, method="dpm_solver", steps=SAMPLING_STEPS, seed=seed)
+    samples = samples.float().clamp(-1, 1)
     each = Split(samples, embed(samples, segmenter), list(range(SAMPLES)))
     found = {"steps": steps} | quality(each, load_split(location.validate, segmenter), segmenter)
     return name, seed, found, ((samples[:8] + 1) * 127.5).byte().numpy()
@@ -151,7 +147,7 @@ def main() -> None:
     widths = {name: width_near(name, ours) for name in NETWORKS}
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
     if "steps per second" not in result:
-        slices = load_slices(find_data(args.root).train, CONFIG.image_size)
+        slices = load_slices(find_data(args.root).train, CONFIG.objective.image_size)
         rounds = [{n: steps_per_second(n, w, slices) for n, w in widths.items()} for _ in range(ROUNDS)]
         result["steps per second"] = {n: statistics.median(found[n] for found in rounds) for n in widths}
     speeds, runs = result["steps per second"], result["runs"]

@@ -8,21 +8,18 @@ from matplotlib.figure import Figure
 from oasis_helpers import plots
 from oasis_helpers.data import load_slices, to_unit_range
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
-from oasis_helpers.sampling import sample, sample_images
+from oasis_helpers.sampling import clipped, sample, sample_images
 from oasis_helpers.training import load_weights
 
 HERE = Path(__file__).parent
 
 
-def contact_sheet(model, config, size: int = 16) -> Figure:
+def contact_sheet(denoise, size: int = 16) -> Figure:
     """16 held-out phantom slices beside 16 samples of the weights that ship."""
     # Not find_data(): with OASIS_ROOT set it would draw people's slices into the repository.
-    held_out = load_slices(make_phantoms(phantom_cache()).test, config.image_size)
+    held_out = load_slices(make_phantoms(phantom_cache()).test, denoise.shape[-1])
     picked = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:size]
-    samples = sample_images(
-        model, config.make_schedule(), (size, 1, config.image_size, config.image_size),
-        method="ddim", steps=100, seed=0, prediction=config.prediction,
-    )  # fmt: skip
+    samples = sample_images(denoise, size, method="ddim", steps=100, seed=0)
     figure = Figure(figsize=(11, 5.9), layout="constrained")
     halves = figure.subfigures(1, 2, wspace=0.03)
     sides = (
@@ -37,20 +34,9 @@ def contact_sheet(model, config, size: int = 16) -> Figure:
     return figure
 
 
-def trajectory(model, config) -> Figure:
+def trajectory(denoise) -> Figure:
     """One sample at six moments of its making, and below each the network's guess of x₀."""
-    shape = (1, 1, config.image_size, config.image_size)
-    states = list(
-        sample(
-            model,
-            config.make_schedule(),
-            shape,
-            method="ddim",
-            steps=100,
-            seed=3,
-            prediction=config.prediction,
-        )
-    )
+    states = list(sample(denoise, 1, method="ddim", steps=100, seed=3))
     picked = [states[i] for i in (4, 29, 49, 69, 84, 99)]
     titles = [f"x at t = {max(s.t_prev, 0)}" for s in picked] + [f"x₀ guessed at {s.t}" for s in picked]
     return plots.grid(
@@ -60,9 +46,9 @@ def trajectory(model, config) -> Figure:
 
 def main() -> None:
     torch.set_num_threads(1)
-    model, config = load_weights()
+    denoise = clipped(load_weights())
     for name, draw in (("contact_sheet", contact_sheet), ("trajectory", trajectory)):
-        (HERE / f"{name}.png").write_bytes(plots.png(draw(model, config), dpi=100))
+        (HERE / f"{name}.png").write_bytes(plots.png(draw(denoise), dpi=100))
         print(f"figures/{name}.png")
 
 

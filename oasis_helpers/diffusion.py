@@ -1,22 +1,30 @@
 """The forward process: noise schedules, q(x_t | x_0), its posterior, and what a network predicts.
 
-Timesteps are integers 0 … T−1 and ``alphas_cumprod[t]`` is the product of ``1 − betas[0..t]``,
-so t = 0 already holds one step of noise. "No noise" has no index.
+Every process here is x_t = s_t x_0 + n_t ε, and whatever a network puts out is a ε + b x_0: two small
+tables, from which all conversions follow. Timesteps are integers 0 … T−1; t = 0 already holds one step
+of noise. "No noise" has no index; where a step ends there it is written −1.
 
 Sources: DDPM, Ho et al. 2020 (arXiv 2006.11239); cosine schedule, Nichol & Dhariwal 2021
 (arXiv 2102.09672); v-prediction, Salimans & Ho 2022 (arXiv 2202.00512); sigmoid schedule,
-Jabri et al. 2022 (arXiv 2212.11972).
+Jabri et al. 2022 (arXiv 2212.11972); the process in s and n, Kingma et al. 2021 (arXiv 2107.00630).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
+# What a network can put out: the shares (a, b) of noise and image in it, given those of the process,
+# s (image) and n (noise). A row is all that a new prediction needs.
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": lambda s, n: (torch.ones_like(s), torch.zeros_like(n)),
+    "sample": lambda s, n: (torch.zeros_like(s), torch.ones_like(n)),
+    "v_prediction": lambda s, n: (s, -n),
+}
 
 
 def check_prediction(prediction: str) -> None:
@@ -25,13 +33,145 @@ def check_prediction(prediction: str) -> None:
         raise ValueError(f"prediction is {prediction!r}: choose one of {', '.join(map(repr, PREDICTIONS))}.")
 
 
-class NoiseSchedule:
-    """How much noise each of T steps adds, and every closed form that follows from it.
+class Process:
+    """x_t = s_t x_0 + n_t ε for T timesteps, and every closed form that follows from it.
 
-    ``betas``: T variances in (0, 1); the last may be 1 (then no signal is left at T − 1). Kept in
-    float64 (small differences of numbers near 1 lose digits in float32); results have the dtype
-    and device of the images given. ``alphas_cumprod`` (T,) is strictly decreasing in (0, 1),
-    or to 0. Raises ``ValueError`` for betas that are not one-dimensional or leave (0, 1).
+    ``signal`` and ``noise``: s and n of every timestep, (T,), ratio s/n falling. Kept in float64 (small
+    differences of numbers near 1 lose digits in float32); results have the dtype and device of the images
+    given. Images are floats (B, …); ``t`` is an integer or (B,) integers in 0 … T−1. All methods raise
+    ``TypeError`` for images or timesteps of another kind and ``ValueError`` for timesteps outside.
+    """
+
+    def __init__(self, signal: Tensor, noise: Tensor, name: str = "custom"):
+        self.signal, self.noise = (torch.as_tensor(v, dtype=torch.float64) for v in (signal, noise))
+        self.name = name
+
+    @property
+    def T(self) -> int:
+        """Number of steps."""
+        return len(self.signal)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}(T={self.T})"
+
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio s²/n² of every step, shape (T,), float64."""
+        return (self.signal / self.noise) ** 2
+
+    def half_log_snr(self) -> Tensor:
+        """λ_t = log(s/n) of every step, shape (T,), float64 (Lu et al. 2022, arXiv 2211.01095)."""
+        return (self.signal / self.noise).log()
+
+    def levels(self, t: int) -> tuple[float, float]:
+        """s and n at one timestep; −1 is the image without noise, (1, 0)."""
+        if not -1 <= t < self.T:
+            raise ValueError(f"t is {t}: this schedule has 0 … {self.T - 1}, and −1 for no noise.")
+        return (float(self.signal[t]), float(self.noise[t])) if t >= 0 else (1.0, 0.0)
+
+    def transition(self, t: int, t_prev: int) -> tuple[float, float]:
+        """Factor f and variance of the noising from ``t_prev`` to ``t``: q(x_t | x) = N(f x, variance)."""
+        if not -1 <= t_prev < t:
+            raise ValueError(f"t_prev is {t_prev} and t is {t}: give −1 ≤ t_prev < t.")
+        (s, n), (s_prev, n_prev) = self.levels(t), self.levels(t_prev)
+        return s / s_prev, n**2 - (s / s_prev * n_prev) ** 2
+
+    def _pick(self, values: Tensor, t: Tensor | int, dtype: torch.dtype) -> Tensor:
+        """``values[t]`` where t is; a single one stays on the CPU, from where it multiplies on any device."""
+        t = torch.as_tensor(t)
+        if t.is_floating_point():
+            raise TypeError(f"t has dtype {t.dtype}: timesteps are integers 0 … {self.T - 1}.")
+        # On a GPU a look at t would wait for all that runs there; it refuses an index outside by itself.
+        if t.device.type == "cpu" and t.numel() and (int(t.min()) < 0 or int(t.max()) >= self.T):
+            raise ValueError(
+                f"t runs from {int(t.min())} to {int(t.max())}: this schedule has 0 … {self.T - 1}."
+            )
+        return values.to(dtype).to(t.device, non_blocking=t.is_cuda)[t]  # the type first: MPS has no float64
+
+    def _at(self, values: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
+        """``values[t]``, shaped to multiply a batch like ``like``."""
+        if not like.is_floating_point():
+            raise TypeError(f"images are {like.dtype}: give floats (to_unit_range makes them of bytes).")
+        picked = self._pick(values, t, like.dtype)
+        if picked.ndim == 0:
+            return picked
+        if len(picked) != len(like):
+            raise ValueError(f"t has {len(picked)} entries for a batch of {len(like)}: give one per image.")
+        return picked.to(like.device, non_blocking=like.is_cuda).reshape(-1, *[1] * (like.ndim - 1))
+
+    def q_sample(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
+        """x_t = s_t x_0 + n_t ε in one jump (Ho et al. 2020, eq. 4, where s = √ᾱ and n = √(1 − ᾱ))."""
+        return self._at(self.signal, t, x0) * x0 + self._at(self.noise, t, x0) * noise
+
+    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Mean (B, …) and variance of q(x_{t−1} | x_t, x_0) (Ho et al. 2020, eqs. 6 and 7).
+
+        At t = 0 the step before is the image itself: the mean is x_0 and the variance 0.
+        The variance broadcasts against the mean.
+        """
+        s_prev = torch.cat([self.signal.new_ones(1), self.signal[:-1]])
+        n_prev = torch.cat([self.noise.new_zeros(1), self.noise[:-1]])
+        factor = self.signal / s_prev
+        added = self.noise**2 - (factor * n_prev) ** 2  # variance of one step of noising: β
+        of_x0, of_xt = s_prev * added / self.noise**2, factor * (n_prev / self.noise) ** 2
+        mean = self._at(of_x0, t, x0) * x0 + self._at(of_xt, t, x0) * x_t
+        return mean, self._at(added * (n_prev / self.noise) ** 2, t, x0)
+
+    # ---- what the network predicts ------------------------------------------------------
+
+    def _shares(self, prediction: str) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and s·a − n·b of every timestep: what inverting x_t = s x₀ + n ε, out = a ε + b x₀ needs."""
+        check_prediction(prediction)
+        a, b = PREDICTIONS[prediction](self.signal, self.noise)
+        return a, b, self.signal * a - self.noise * b
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int, prediction: str) -> Tensor:
+        """What the network should output, a ε + b x_0, (B, …): ε, x_0, or v = √ᾱ ε − √(1 − ᾱ) x_0.
+
+        v is Salimans & Ho 2022, section 4. Raises ``ValueError`` for another ``prediction``.
+        """
+        a, b, _ = self._shares(prediction)
+        return self._at(a, t, x0) * noise + self._at(b, t, x0) * x0
+
+    def predict_x0(self, x_t: Tensor, t: Tensor | int, output: Tensor, prediction: str) -> Tensor:
+        """The image that ``output`` implies, (a x_t − n out)/(s a − n b): the inverse of :meth:`target`.
+
+        For ε it is Ho et al. 2020, eq. 15; for v Salimans & Ho 2022, section 4. Raises ``ValueError`` where
+        the output says nothing of the image.
+        """
+        a, _, both = self._shares(prediction)
+        of_xt = self._at(a / both, t, x_t)
+        if of_xt.device.type == "cpu" and not of_xt.isfinite().all():
+            raise ValueError(
+                "no signal is left at this timestep, so the noise says nothing of the image: "
+                "use a network that predicts v or the image."
+            )
+        return of_xt * x_t - self._at(self.noise / both, t, x_t) * output
+
+    def predict_noise(self, x_t: Tensor, t: Tensor | int, output: Tensor, prediction: str) -> Tensor:
+        """The noise that ``output`` implies, (s out − b x_t)/(s a − n b), (B, …): the other inverse."""
+        _, b, both = self._shares(prediction)
+        # Where no signal is left and the output is the noise, 0/0 stands for 1.
+        of_output = (self.signal / both).nan_to_num(1.0)
+        return self._at(of_output, t, x_t) * output - self._at((b / both).nan_to_num(0.0), t, x_t) * x_t
+
+    def min_snr_weight(self, t: Tensor, prediction: str, gamma: float) -> Tensor:
+        """The weight of each image's loss, shape of ``t``, that trains as if its SNR were at most ``gamma``.
+
+        min(SNR, γ) times the squared error of x₀ (Hang et al. 2023, arXiv 2303.09556). As a factor of the
+        error that the network makes, that is min(SNR, γ) (n/(s a − n b))²: min(SNR, γ)/SNR for ε, min(SNR, γ)
+        for x₀ and min(SNR, γ)/(SNR + 1) for v.
+        """
+        _, _, both = self._shares(prediction)
+        capped = (gamma / self.snr()).clamp(max=1)  # min(SNR, γ)/SNR, which is 1 where no signal is left
+        return self._pick(capped * (self.signal / both).nan_to_num(1.0) ** 2, t, torch.float32)
+
+
+class NoiseSchedule(Process):
+    """How much noise each of T steps adds: the variance-preserving process of DDPM, s² + n² = 1.
+
+    ``betas``: T variances in (0, 1); the last may be 1 (then no signal is left at T − 1).
+    ``alphas_cumprod[t]`` is the product of ``1 − betas[0..t]``, (T,), strictly decreasing in (0, 1), or to
+    0. Raises ``ValueError`` for betas that are not one-dimensional or leave (0, 1).
     """
 
     def __init__(self, betas: Tensor, name: str = "custom"):
@@ -43,18 +183,10 @@ class NoiseSchedule:
         if outside.any():
             first = int(outside.nonzero()[0])
             raise ValueError(f"betas[{first}] is {float(betas[first]):g}: every beta must lie in (0, 1).")
-        self.name = name
         self.betas = betas
         self.alphas = 1 - betas
         self.alphas_cumprod = self.alphas.cumprod(0)
-
-    @property
-    def T(self) -> int:
-        """Number of steps."""
-        return len(self.betas)
-
-    def __repr__(self) -> str:
-        return f"NoiseSchedule.{self.name}(T={self.T})"
+        super().__init__(self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), name)
 
     # ---- the schedules ------------------------------------------------------------------
 
@@ -119,146 +251,64 @@ class NoiseSchedule:
         """betas from ᾱ at T + 1 points, the first of them "no noise"."""
         return cls((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(1e-8, 0.999), name)
 
-    # ---- the forward process ------------------------------------------------------------
-
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio ᾱ_t / (1 − ᾱ_t) of every step, shape (T,), float64."""
-        return self.alphas_cumprod / (1 - self.alphas_cumprod)
-
-    def log_snr(self) -> Tensor:
-        """λ_t = ½ log SNR of every step, shape (T,), float64 (Lu et al. 2022, arXiv 2211.01095)."""
-        return 0.5 * self.snr().log()
-
-    def _at(self, values: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
-        """``values[t]``, shaped to multiply a batch like ``like``."""
-        t = torch.as_tensor(t)
-        if t.is_floating_point():
-            raise TypeError(f"t has dtype {t.dtype}: timesteps are integers 0 … {self.T - 1}.")
-        if t.numel() and (int(t.min()) < 0 or int(t.max()) >= self.T):
-            raise ValueError(
-                f"t runs from {int(t.min())} to {int(t.max())}: this schedule has 0 … {self.T - 1}."
-            )
-        if t.ndim == 1 and len(t) != len(like):
-            raise ValueError(f"t has {len(t)} entries for a batch of {len(like)}: give one per image.")
-        picked = values[t.to(values.device)].to(like.dtype).to(like.device)  # MPS has no float64
-        return picked.reshape(-1, *[1] * (like.ndim - 1)) if t.ndim else picked
-
-    def _mix(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 − ᾱ_t): the shares of image and noise in x_t."""
-        return (
-            self._at(self.alphas_cumprod.sqrt(), t, like),
-            self._at((1 - self.alphas_cumprod).sqrt(), t, like),
-        )
-
-    def q_sample(self, x0: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε in one jump (Ho et al. 2020, eq. 4).
-
-        ``x0`` and ``noise``: (B, …); ``t``: an integer or (B,) integers in 0 … T−1. Raises
-        ``ValueError`` for a timestep outside and ``TypeError`` for one that is no integer.
-        """
-        signal, sigma = self._mix(t, x0)
-        return signal * x0 + sigma * noise
-
-    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Mean (B, …) and variance of q(x_{t−1} | x_t, x_0) (Ho et al. 2020, eqs. 6 and 7).
-
-        At t = 0 the step before is the image itself: the mean is x_0 and the variance 0.
-        The variance broadcasts against the mean.
-        """
-        before = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
-        of_x0 = before.sqrt() * self.betas / (1 - self.alphas_cumprod)
-        of_xt = self.alphas.sqrt() * (1 - before) / (1 - self.alphas_cumprod)
-        variance = self.betas * (1 - before) / (1 - self.alphas_cumprod)
-        mean = self._at(of_x0, t, x0) * x0 + self._at(of_xt, t, x0) * x_t
-        return mean, self._at(variance, t, x0)
-
-    # ---- what the network predicts ------------------------------------------------------
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int, prediction: str) -> Tensor:
-        """What the network should output, (B, …): ε, x_0, or v = √ᾱ ε − √(1 − ᾱ) x_0.
-
-        v is Salimans & Ho 2022, section 4. Raises ``ValueError`` for another ``prediction``.
-        """
-        check_prediction(prediction)
-        if prediction == "epsilon":
-            return noise
-        if prediction == "sample":
-            return x0
-        signal, sigma = self._mix(t, x0)
-        return signal * noise - sigma * x0
-
-    def predict_x0(self, x_t: Tensor, t: Tensor | int, output: Tensor, prediction: str) -> Tensor:
-        """The image that ``output`` implies, (B, …): the inverse of :meth:`target`.
-
-        For ε it is Ho et al. 2020, eq. 15; for v Salimans & Ho 2022, section 4.
-        """
-        check_prediction(prediction)
-        if prediction == "sample":
-            return output
-        signal, sigma = self._mix(t, x_t)
-        if prediction == "epsilon":
-            if (signal == 0).any():
-                raise ValueError(
-                    "no signal is left at this timestep, so the noise says nothing of the image: "
-                    "use a network that predicts v or the image."
-                )
-            return (x_t - sigma * output) / signal
-        return signal * x_t - sigma * output
-
-    def predict_noise(self, x_t: Tensor, t: Tensor | int, output: Tensor, prediction: str) -> Tensor:
-        """The noise ε that ``output`` implies, (B, …): the other inverse of :meth:`target`."""
-        check_prediction(prediction)
-        if prediction == "epsilon":
-            return output
-        signal, sigma = self._mix(t, x_t)
-        if prediction == "sample":
-            return (x_t - signal * output) / sigma
-        return signal * output + sigma * x_t
-
 
 def _check_T(T: int) -> None:
     if T < 1:
         raise ValueError(f"T is {T}: a schedule needs at least one step.")
 
 
-LOSSES = ("l2", "l1", "huber")
-
-
-def min_snr_weight(schedule: NoiseSchedule, t: Tensor, prediction: str, gamma: float) -> Tensor:
-    """The weight of each image's loss, shape of ``t``, that trains as if its SNR were at most ``gamma``.
-
-    Hang et al. 2023 (arXiv 2303.09556): min(SNR, γ) times the error of x₀. As a factor of the error
-    that the network makes, that is min(SNR, γ)/SNR for ε, min(SNR, γ) for x₀ and min(SNR, γ)/(SNR + 1) for v.
-    """
-    snr = schedule.snr().to(t.device)[t].float()
-    if prediction == "epsilon":
-        return (gamma / snr).clamp(max=1)  # 1 where no signal is left
-    return snr.clamp(max=gamma) / (snr + 1 if prediction == "v_prediction" else 1)
+LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
 def diffusion_loss(
-    model,
-    schedule: NoiseSchedule,
+    network: Callable[..., Tensor],
+    process: Process,
     x0: Tensor,
     t: Tensor,
     noise: Tensor,
-    prediction: str = "epsilon",
-    y: Tensor | None = None,
+    prediction: str,
+    y: dict[str, Tensor] | None = None,
     *,
     loss: str = "l2",
     min_snr_gamma: float | None = None,
 ) -> Tensor:
-    """Mean error of each image, (B,), between the model's output at x_t and its target.
+    """Mean error of each image, (B,), between ``network(x_t, t, y)`` and its target.
 
     With ``prediction="epsilon"`` and ``loss="l2"`` this is L_simple of Ho et al. 2020, eq. 14; "l1"
     is the absolute error, "huber" half the square below 1 and linear above. ``min_snr_gamma``
-    weights by :func:`min_snr_weight`. ``x0`` and ``noise``: (B, C, H, W); ``t``: (B,). Not averaged
+    weights by :meth:`Process.min_snr_weight`. ``x0`` and ``noise``: (B, C, H, W); ``t``: (B,). Not averaged
     over the batch, so that a caller can sort it by timestep.
     """
-    output = model(schedule.q_sample(x0, t, noise), t, y).float()
-    target = schedule.target(x0, noise, t, prediction)
-    error = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss](output, target, reduction="none")
-    each = error.flatten(1).mean(1)
+    output = network(process.q_sample(x0, t, noise), t, y).float()
+    target = process.target(x0, noise, t, prediction)
+    each = LOSSES[loss](output, target, reduction="none").flatten(1).mean(1)
     if min_snr_gamma is not None:
-        each = each * min_snr_weight(schedule, t, prediction, min_snr_gamma)
+        each = each * process.min_snr_weight(t, prediction, min_snr_gamma).to(each.device)
     return each
+
+
+class Denoiser(nn.Module):
+    """A network as what all samplers want of it: the estimate of the image in a noisy one.
+
+    ``denoise(x_t, t, y=None)``: (B, …), an integer or (B,) timesteps, and conditions by name → the estimate
+    of x_0, (B, …): the mean of all images that may have led to x_t, as far as the network knows.
+    ``network(x, t, y)`` puts out what ``prediction`` says of the process ``schedule``; ``shape`` is that of
+    one image, (C, H, W). Whatever is called in this way and has ``schedule``, ``shape`` and ``device`` is a
+    denoiser as well. After Karras et al. 2022 (arXiv 2206.00364), section 5.
+    """
+
+    def __init__(
+        self, network: Callable[..., Tensor], schedule: Process, prediction: str, shape: tuple[int, ...]
+    ):
+        super().__init__()
+        check_prediction(prediction)
+        self.network, self.schedule, self.prediction, self.shape = network, schedule, prediction, tuple(shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def forward(self, x_t: Tensor, t: Tensor | int, y: dict[str, Tensor] | None = None) -> Tensor:
+        times = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)
+        return self.schedule.predict_x0(x_t, t, self.network(x_t, times, y), self.prediction)

@@ -148,3 +148,15 @@ class DataLocation:
             if self.folder(split).is_dir()
         )
         return f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}, {cases} cases"
+
+
+def replace_file(path: Path, write) -> None:
+    """TEMPORARY until the other branch is merged."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,183 +1,201 @@
 """Running the process backwards: single steps of several samplers, and one generator over them.
 
+A sampler knows nothing but a *denoiser*, which gives the estimate x̂_0 of the image in x_t; whatever is
+wanted besides (clipping, guidance) is a denoiser around it.
+
 Sources: DDPM, Ho et al. 2020 (arXiv 2006.11239), algorithm 2; DDIM, Song et al. 2021
 (arXiv 2010.02502), eqs. 12 and 16; DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), algorithm 2;
 Heun's method on the EDM variables, Karras et al. 2022 (arXiv 2206.00364), algorithm 1; spacings of
 timesteps, Lin et al. 2024 (arXiv 2305.08891), table 2; dynamic thresholding, Saharia et al. 2022
-(arXiv 2205.11487), section 2.3; starting from a noised image, SDEdit, Meng et al. 2022
-(arXiv 2108.01073); inpainting, RePaint, Lugmayr et al. 2022 (arXiv 2201.09865).
+(arXiv 2205.11487), section 2.3; guidance, Ho & Salimans 2022 (arXiv 2207.12598); starting from a noised
+image, SDEdit, Meng et al. 2022 (arXiv 2108.01073); inpainting, RePaint, Lugmayr et al. 2022
+(arXiv 2201.09865).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .diffusion import NoiseSchedule, check_prediction
+from .diffusion import Denoiser, Process
+from .seeds import generator
+
+__all__ = [
+    "METHODS", "SPACINGS", "VARIANCES", "Denoiser", "IdealDenoiser", "SampleState", "clipped", "ddim_invert",
+    "ddim_step", "ddpm_step", "dpm_solver_step", "guided", "heun_step", "inpaint", "karras_timesteps",
+    "sample", "sample_images", "slerp", "spaced_timesteps",
+]  # fmt: skip
 
 METHODS = ("ddpm", "ddim", "dpm_solver", "heun")
 SPACINGS = ("trailing", "leading", "linspace", "karras")
 VARIANCES = ("small", "large")
 
+Conditions = dict[str, Tensor]
+
+
+# ---- denoisers around denoisers ---------------------------------------------------------------
+
+
+class _Around:
+    """A denoiser with the schedule, shape and device of another, and an estimate of its own."""
+
+    def __init__(self, denoise, estimate: Callable[..., Tensor]):
+        self.schedule, self.shape, self.device = denoise.schedule, denoise.shape, denoise.device
+        self._estimate = estimate
+
+    def __call__(self, x_t: Tensor, t: Tensor | int, y: Conditions | None = None) -> Tensor:
+        return self._estimate(x_t, t, y)
+
+
+def clipped(denoise, quantile: float | None = None):
+    """The denoiser with its estimates held in the range of images, [−1, 1].
+
+    Without ``quantile`` they are cut at ±1. With one, say 0.995, each image is cut at that quantile of its
+    absolute values if it is above 1, and scaled back (Saharia et al. 2022, section 2.3). Not for latents,
+    which have no such range. Raises ``ValueError`` for a quantile outside (0, 1).
+    """
+    if quantile is not None and not 0 < quantile < 1:
+        raise ValueError(f"quantile is {quantile}: give a number between 0 and 1, or None to cut at ±1.")
+
+    def estimate(x_t: Tensor, t: Tensor | int, y: Conditions | None) -> Tensor:
+        x0 = denoise(x_t, t, y)
+        if quantile is None:
+            return x0.clamp(-1, 1)
+        rank = max(1, math.ceil(quantile * x0[0].numel()))
+        limits = x0.abs().flatten(1).kthvalue(rank, dim=1).values.clamp(min=1)
+        limit = limits.reshape(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-limit, limit) / limit
+
+    return _Around(denoise, estimate)
+
+
+def guided(denoise, scale: float):
+    """The denoiser with classifier-free guidance: x̂_u + s (x̂_c − x̂_u), with and without the conditions.
+
+    ``scale`` s: 0 is without conditions, 1 is with them and no guidance, more exaggerates what they change.
+    In the noise it is the same rule, ε_u + s (ε_c − ε_u), since ε is linear in x̂_0 (Ho & Salimans 2022,
+    eq. 6, where s is 1 + w). Raises ``ValueError`` when called without conditions, unless s is 0.
+    """
+
+    def estimate(x_t: Tensor, t: Tensor | int, y: Conditions | None) -> Tensor:
+        if scale == 0:
+            return denoise(x_t, t, None)
+        if not y:
+            raise ValueError("guidance needs conditions y: there is nothing to guide towards.")
+        with_y = denoise(x_t, t, y)
+        if scale == 1:
+            return with_y
+        without = denoise(x_t, t, None)
+        return without + scale * (with_y - without)
+
+    return _Around(denoise, estimate)
+
+
+# ---- single steps -----------------------------------------------------------------------------
+
 
 def ddpm_step(
-    schedule: NoiseSchedule,
-    output: Tensor,
+    schedule: Process,
+    x0: Tensor,
     t: int,
     x_t: Tensor,
     *,
-    prediction: str = "epsilon",
-    clip: bool | float = True,
     variance: str = "small",
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x_{t−1} (B, …) from x_t and the network's ``output``: one step of ancestral sampling.
+    """x_{t−1} (B, …) from x_t and the estimate ``x0``: one step of ancestral sampling.
 
-    The posterior q(x_{t−1} | x_t, x̂_0) with the estimate x̂_0 in place of the image (Ho et al.
-    2020, eqs. 6, 7 and 15). ``clip`` as in :func:`estimate_x0`. ``noise`` is standard normal of
-    x_t's shape; with None the result is the mean. The variance is the "small" one, β̃_t, or
-    the "large" one, β_t; at t = 0 it is 0. Raises ``ValueError`` for a timestep outside 0 … T−1.
+    The posterior q(x_{t−1} | x_t, x̂_0) with the estimate in place of the image (Ho et al. 2020, eqs. 6, 7
+    and 15). ``noise`` is standard normal of x_t's shape; with None the result is the mean. The variance
+    is the "small" one, β̃_t, or the "large" one, β_t; at t = 0 it is 0. Raises ``ValueError`` for a timestep
+    outside 0 … T−1.
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance is {variance!r}: choose one of {', '.join(map(repr, VARIANCES))}.")
-    x0 = estimate_x0(schedule, output, t, x_t, prediction=prediction, clip=clip)
     mean, added = schedule.q_posterior(x0, x_t, t)
+    deviation = added.sqrt()
     if variance == "large" and t > 0:
-        added = schedule.betas[t].to(x_t.dtype).to(x_t.device)
-    return mean if noise is None else mean + added.sqrt() * noise
+        deviation = math.sqrt(schedule.transition(t, t - 1)[1])
+    return mean if noise is None else mean + deviation * noise
 
 
 def ddim_step(
-    schedule: NoiseSchedule,
-    output: Tensor,
+    schedule: Process,
+    x0: Tensor,
     t: int,
     t_prev: int,
     x_t: Tensor,
     *,
-    prediction: str = "epsilon",
     eta: float = 0.0,
-    clip: bool | float = True,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x at ``t_prev`` (B, …) from x_t, over any distance: Song et al. 2021, eqs. 12 and 16.
+    """x at ``t_prev`` (B, …) from x_t and the estimate ``x0``: Song et al. 2021, eqs. 12 and 16.
 
-    ``t_prev`` is below ``t``, or −1 for "no noise left". ``eta`` in [0, 1]: 0 is deterministic,
+    ``t_prev`` is any timestep below ``t``, or −1 for "no noise left". ``eta`` in [0, 1]: 0 is deterministic,
     1 has the variance of ancestral sampling. ``noise`` as in :func:`ddpm_step`; with None the
     result is the mean. Raises ``ValueError`` for timesteps out of order or range.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: give a number from 0 (deterministic) to 1 (ancestral).")
-    now, before = _two_levels(schedule, t, t_prev)
-    x0 = estimate_x0(schedule, output, t, x_t, prediction=prediction, clip=clip)
-    epsilon = schedule.predict_noise(x_t, t, output, prediction)
-    sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)).sqrt()
-    mean = float(before.sqrt()) * x0 + float((1 - before - sigma**2).clamp(min=0).sqrt()) * epsilon
-    return mean if noise is None else mean + float(sigma) * noise
+    added = schedule.transition(t, t_prev)[1]
+    (s, n), (s_prev, n_prev) = schedule.levels(t), schedule.levels(t_prev)
+    epsilon = (x_t - s * x0) / n
+    sigma = eta * n_prev / n * math.sqrt(added)
+    mean = s_prev * x0 + math.sqrt(max(n_prev**2 - sigma**2, 0.0)) * epsilon
+    return mean if noise is None else mean + sigma * noise
 
 
 def dpm_solver_step(
-    schedule: NoiseSchedule,
-    output: Tensor,
+    schedule: Process,
+    x0: Tensor,
     t: int,
     t_prev: int,
     x_t: Tensor,
     *,
     previous: tuple[int, Tensor] | None = None,
-    prediction: str = "epsilon",
-    clip: bool | float = True,
 ) -> Tensor:
     """x at ``t_prev`` (B, …) by DPM-Solver++ (2M): Lu et al. 2022, algorithm 2.
 
     ``previous`` is the timestep before ``t`` on the way down, and the estimate x̂_0 made there: the
     straight line through both estimates makes the step second order. Without it, and for
-    ``t_prev`` = −1, the step is first order: :func:`ddim_step` with ``eta`` 0, if nothing is clipped.
+    ``t_prev`` = −1, the step is first order: :func:`ddim_step` with ``eta`` 0.
     Raises ``ValueError`` for timesteps out of order or range.
     """
-    now, before = _two_levels(schedule, t, t_prev)
-    x0 = estimate_x0(schedule, output, t, x_t, prediction=prediction, clip=clip)
-    if t_prev < 0:
-        return x0
-    log_snr = schedule.log_snr()
-    h = log_snr[t_prev] - log_snr[t]  # infinite where no signal is left at t
-    direction = x0
-    if previous is not None:
-        earlier, x0_earlier = previous
-        if not t < earlier < schedule.T:
-            raise ValueError(f"the step before was at {earlier}, this one is at {t}: times run backwards.")
-        r = float((log_snr[t] - log_snr[earlier]) / h)
-        direction = x0 + (x0 - x0_earlier) / (2 * r)
-    kept = ((1 - before) / (1 - now)).sqrt()
-    return float(kept) * x_t - float(before.sqrt() * torch.expm1(-h)) * direction
+    if t_prev < 0 or previous is None:
+        return ddim_step(schedule, x0, t, t_prev, x_t)
+    earlier, x0_earlier = previous
+    if not t < earlier < schedule.T:
+        raise ValueError(f"the step before was at {earlier}, this one is at {t}: times run backwards.")
+    (_, n), (s_prev, n_prev) = schedule.levels(t), schedule.levels(t_prev)
+    lam = schedule.half_log_snr()
+    h = float(lam[t_prev] - lam[t])
+    r = float(lam[t] - lam[earlier]) / h  # infinite where no signal is left at the step before
+    direction = x0 + (x0 - x0_earlier) / (2 * r)
+    return n_prev / n * x_t - s_prev * math.expm1(-h) * direction
 
 
-def heun_step(
-    schedule: NoiseSchedule,
-    output: Tensor,
-    t: int,
-    t_prev: int,
-    x_t: Tensor,
-    output_prev: Tensor,
-    x_prev: Tensor,
-    *,
-    prediction: str = "epsilon",
-    clip: bool | float = True,
-) -> Tensor:
+def heun_step(schedule: Process, x0: Tensor, t: int, t_prev: int, x_t: Tensor, x0_prev: Tensor) -> Tensor:
     """x at ``t_prev`` (B, …) from the mean of two slopes: Karras et al. 2022, algorithm 1.
 
-    ``x_prev`` is the first guess, that of :func:`ddim_step` with ``eta`` 0 (Euler's method in the
-    variables x/√ᾱ and √(1 − ᾱ)/√ᾱ), and ``output_prev`` the network's output there. Raises
-    ``ValueError`` for timesteps out of order or range, for ``t_prev`` = −1, and where no signal
-    is left at ``t``.
+    ``x0_prev`` is the estimate at the first guess, that of :func:`ddim_step` with ``eta`` 0 (Euler's
+    method in the variables x/s and n/s of the process). Raises ``ValueError`` for timesteps out of order or
+    range, for ``t_prev`` = −1, and where no signal is left at ``t``.
     """
-    now, before = _two_levels(schedule, t, t_prev)
     if t_prev < 0:
         raise ValueError("t_prev is -1: the last step has no second slope; use ddim_step.")
-    if now == 0:
-        raise ValueError(f"no signal is left at t = {t}, so x/√ᾱ is infinite there; use ddim_step.")
-    slopes = []
-    for x, at, level, out in ((x_t, t, now, output), (x_prev, t_prev, before, output_prev)):
-        x0 = estimate_x0(schedule, out, at, x, prediction=prediction, clip=clip)
-        slopes.append((x - float(level.sqrt()) * x0) / float((1 - level).sqrt()))
-    distance = ((1 - before) / before).sqrt() - ((1 - now) / now).sqrt()
-    mean_slope = (slopes[0] + slopes[1]) / 2
-    return float((before / now).sqrt()) * x_t + float(before.sqrt() * distance) * mean_slope
+    guess = ddim_step(schedule, x0, t, t_prev, x_t)
+    (s, n), (s_prev, n_prev) = schedule.levels(t), schedule.levels(t_prev)
+    if s == 0:
+        raise ValueError(f"no signal is left at t = {t}, so x/s is infinite there; use ddim_step.")
+    slope = ((x_t - s * x0) / n + (guess - s_prev * x0_prev) / n_prev) / 2
+    return s_prev / s * x_t + s_prev * (n_prev / s_prev - n / s) * slope
 
 
-def _two_levels(schedule: NoiseSchedule, t: int, t_prev: int) -> tuple[Tensor, Tensor]:
-    """ᾱ at ``t`` and at ``t_prev``, where −1 has ᾱ = 1."""
-    if not -1 <= t_prev < t:
-        raise ValueError(f"t_prev is {t_prev} and t is {t}: give −1 ≤ t_prev < t.")
-    now = schedule.alphas_cumprod[t]
-    return now, schedule.alphas_cumprod[t_prev] if t_prev >= 0 else torch.ones_like(now)
-
-
-def estimate_x0(
-    schedule: NoiseSchedule,
-    output: Tensor,
-    t: int,
-    x_t: Tensor,
-    *,
-    prediction: str = "epsilon",
-    clip: bool | float = True,
-) -> Tensor:
-    """The image that the network's ``output`` implies, (B, …), held in the range of images.
-
-    ``clip`` True cuts at ±1. A number p in (0, 1), say 0.995, cuts each image at the p-quantile of its
-    absolute values if that is above 1, and scales it back (Saharia et al. 2022, section 2.3).
-    False leaves it as it is.
-    """
-    x0 = schedule.predict_x0(x_t, t, output, prediction)
-    if clip is True:
-        return x0.clamp(-1, 1)
-    if clip is False:
-        return x0
-    if not 0 < clip < 1:
-        raise ValueError(f"clip is {clip}: give True, False or a quantile between 0 and 1.")
-    limit = x0.abs().flatten(1).quantile(clip, dim=1).clamp(min=1).reshape(-1, *[1] * (x0.ndim - 1))
-    return x0.clamp(-limit, limit) / limit
+# ---- which timesteps --------------------------------------------------------------------------
 
 
 def spaced_timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]:
@@ -198,33 +216,52 @@ def spaced_timesteps(T: int, steps: int, spacing: str = "trailing") -> list[int]
 
 
 def karras_timesteps(
-    schedule: NoiseSchedule,
+    schedule: Process,
     steps: int,
     *,
     rho: float = 7.0,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
 ) -> list[int]:
-    """At most ``steps`` timesteps downward whose noise √(1 − ᾱ)/√ᾱ is spaced as in Karras et al. 2022, eq. 5.
+    """At most ``steps`` timesteps downward whose noise n/s is spaced as in Karras et al. 2022, eq. 5.
 
     Each is the nearest of the schedule; what would come twice is left out. Where almost no signal is left,
     noise above ``sigma_max`` is skipped: Heun's long first steps would go far astray there.
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps is {steps}: give 1 to T = {schedule.T}.")
-    noise = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
+    noise = schedule.noise / schedule.signal
     high, low = min(float(noise[-1]), sigma_max) ** (1 / rho), max(float(noise[0]), sigma_min) ** (1 / rho)
     wanted = torch.linspace(high, low, steps, dtype=noise.dtype) ** rho
     nearest = (noise[None, :] - wanted[:, None]).abs().argmin(1).tolist()
     return sorted(set(nearest), reverse=True)
 
 
+def _timesteps(schedule: Process, method: str, steps: int | None, spacing: str) -> list[int]:
+    """The timesteps that ``method`` visits, downward."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(map(repr, METHODS))}.")
+    if method == "ddpm" and steps not in (None, schedule.T):
+        raise ValueError(f"ddpm takes all {schedule.T} steps, not {steps}: use method='ddim' for fewer.")
+    if method == "ddpm" and spacing == "karras":
+        raise ValueError(
+            "ddpm goes from t to t − 1 and karras leaves timesteps out: use method='ddim', eta=1."
+        )
+    count = schedule.T if method == "ddpm" else min(50, schedule.T) if steps is None else steps
+    if spacing == "karras":
+        return karras_timesteps(schedule, count)
+    return spaced_timesteps(schedule.T, count, spacing)
+
+
+# ---- the generator over them ------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class SampleState:
-    """One step of :func:`sample`: at timestep ``t`` the network guessed ``x0``; ``x`` came of it.
+    """One step of :func:`sample`: at timestep ``t`` the estimate was ``x0``; ``x`` came of it.
 
     ``x`` and ``x0``: (B, C, H, W); ``x`` is the image after the step, at ``t_prev`` (−1: done).
-    ``evaluations`` counts the calls of the network so far.
+    ``evaluations`` counts the calls of the denoiser so far.
     """
 
     t: int
@@ -234,90 +271,69 @@ class SampleState:
     evaluations: int = 0
 
 
+@torch.no_grad()
 def sample(
-    model,
-    schedule: NoiseSchedule,
-    shape: tuple[int, ...],
+    denoise,
+    count: int,
     *,
     method: str = "ddpm",
     steps: int | None = None,
     spacing: str = "trailing",
     seed: int = 0,
-    prediction: str = "epsilon",
-    eta: float = 0.0,
-    variance: str = "small",
-    clip: bool | float = True,
-    y: Tensor | None = None,
+    y: Conditions | None = None,
     start: tuple[Tensor, int] | None = None,
+    eta: float = 0.0,
 ) -> Iterator[SampleState]:
-    """Generate images of ``shape`` (B, C, H, W), yielding a :class:`SampleState` per step.
+    """Generate ``count`` images of the denoiser's shape, yielding a :class:`SampleState` per step.
 
-    ``method`` "ddpm" visits every timestep, with ``variance`` as in :func:`ddpm_step`; the others
-    visit ``steps`` of them (default 50), chosen by ``spacing`` as in :func:`spaced_timesteps` or
-    "karras" as in :func:`karras_timesteps`:
-    "ddim" with ``eta`` as in :func:`ddim_step`; "dpm_solver", second order, one call of the network
-    a step; "heun", second order, two calls a step but one in the last.
-    ``model(x, t, y)`` gives what ``prediction`` says. ``start=(x_t, t)`` begins at a noised image
-    instead of pure noise. The noise is drawn on the CPU from ``seed``, so every device starts
-    alike. Raises ``ValueError`` for an unknown method, ``steps`` that do not fit, or a ``start``
-    of another shape.
+    ``method`` "ddpm" visits every timestep; the others visit ``steps`` of them (default 50), chosen by
+    ``spacing`` as in :func:`spaced_timesteps` or "karras" as in :func:`karras_timesteps`: "ddim" with ``eta``
+    as in :func:`ddim_step`; "dpm_solver", second order, one call of the denoiser a step; "heun", second
+    order, two calls a step but one in the last. ``y`` goes to the denoiser, (count, …) by name.
+    ``start=(x_t, t)`` begins at noised images instead of pure noise. The noise is drawn on the CPU from
+    ``seed``, so every device starts alike. Raises ``ValueError`` for an unknown method, ``steps`` that do
+    not fit, or a ``start`` of another shape.
     """
-    check_prediction(prediction)
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: choose one of {', '.join(map(repr, METHODS))}.")
-    if method == "ddpm" and steps not in (None, schedule.T):
-        raise ValueError(f"ddpm takes all {schedule.T} steps, not {steps}: use method='ddim' for fewer.")
-    count = schedule.T if method == "ddpm" else min(50, schedule.T) if steps is None else steps
-    if spacing == "karras":
-        timesteps = karras_timesteps(schedule, count)
-    else:
-        timesteps = spaced_timesteps(schedule.T, count, spacing)
-    generator = torch.Generator().manual_seed(seed)
-    device = _device(model)
+    schedule = denoise.schedule
+    timesteps = _timesteps(schedule, method, steps, spacing)
+    if count < 1:
+        raise ValueError(f"count is {count}: ask for at least one image.")
+    shape, drawn = (count, *denoise.shape), generator(seed)
 
     if start is None:
-        x = torch.randn(shape, generator=generator).to(device)
+        x = torch.randn(shape, generator=drawn).to(denoise.device)
     else:
         x, first = start
-        if tuple(x.shape) != tuple(shape):
-            raise ValueError(f"start holds images of shape {tuple(x.shape)}, asked for {tuple(shape)}.")
+        if tuple(x.shape) != shape:
+            raise ValueError(f"start holds images of shape {tuple(x.shape)}, asked for {shape}.")
         if not 0 <= first < schedule.T:
             raise ValueError(f"start is at t = {first}: this schedule has 0 … {schedule.T - 1}.")
-        x = x.to(device)
+        x = x.to(denoise.device)
         timesteps = [first] + [t for t in timesteps if t < first]
 
     evaluations, previous = 0, None
-    how = {"prediction": prediction, "clip": clip}
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
-        with torch.no_grad():
-            output = model(x, torch.full((len(x),), t, device=device), y)
+        x0 = denoise(x, t, y)
+        evaluations += 1
+        needs_noise = t_prev >= 0 and (method == "ddpm" or (method == "ddim" and eta > 0))
+        noise = torch.randn(shape, generator=drawn).to(x.device) if needs_noise else None
+        if method == "ddpm":
+            x = ddpm_step(schedule, x0, t, x, noise=noise)
+        elif method == "dpm_solver":
+            x = dpm_solver_step(schedule, x0, t, t_prev, x, previous=previous)
+            previous = t, x0
+        elif method == "heun" and t_prev >= 0 and schedule.levels(t)[0] > 0:
+            x0_prev = denoise(ddim_step(schedule, x0, t, t_prev, x), t_prev, y)
             evaluations += 1
-            x0 = estimate_x0(schedule, output, t, x, **how)
-            needs_noise = t_prev >= 0 and (method == "ddpm" or (method == "ddim" and eta > 0))
-            noise = torch.randn(shape, generator=generator).to(device) if needs_noise else None
-            if method == "ddpm":
-                x = ddpm_step(schedule, output, t, x, variance=variance, noise=noise, **how)
-            elif method == "dpm_solver":
-                x = dpm_solver_step(schedule, output, t, t_prev, x, previous=previous, **how)
-                previous = t, x0
-            elif method == "heun" and t_prev >= 0 and schedule.alphas_cumprod[t] > 0:
-                guess = ddim_step(schedule, output, t, t_prev, x, **how)
-                second = model(guess, torch.full((len(x),), t_prev, device=device), y)
-                evaluations += 1
-                x = heun_step(schedule, output, t, t_prev, x, second, guess, **how)
-            else:
-                x = ddim_step(schedule, output, t, t_prev, x, eta=eta, noise=noise, **how)
+            x = heun_step(schedule, x0, t, t_prev, x, x0_prev)
+        else:
+            x = ddim_step(schedule, x0, t, t_prev, x, eta=eta, noise=noise)
         yield SampleState(t, t_prev, x, x0, evaluations)
 
 
-def _device(model) -> torch.device:
-    parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def sample_images(model, schedule: NoiseSchedule, shape: tuple[int, ...], **settings) -> Tensor:
+def sample_images(denoise, count: int, **settings) -> Tensor:
     """The images at the end of :func:`sample`, with the same arguments."""
-    for state in sample(model, schedule, shape, **settings):  # noqa: B007
+    for state in sample(denoise, count, **settings):  # noqa: B007
         pass
     return state.x
 
@@ -325,18 +341,16 @@ def sample_images(model, schedule: NoiseSchedule, shape: tuple[int, ...], **sett
 # ---- with a given image ---------------------------------------------------------------------
 
 
+@torch.no_grad()
 def inpaint(
-    model,
-    schedule: NoiseSchedule,
+    denoise,
     image: Tensor,
     hole: Tensor,
     *,
     steps: int = 50,
     resamples: int = 5,
     seed: int = 0,
-    prediction: str = "epsilon",
-    clip: bool | float = True,
-    y: Tensor | None = None,
+    y: Conditions | None = None,
 ) -> Iterator[SampleState]:
     """Fill the ``hole`` of an image with what the model expects there, a :class:`SampleState` per step.
 
@@ -356,58 +370,47 @@ def inpaint(
         raise ValueError(f"hole has shape {tuple(hole.shape)}, the images {tuple(image.shape)}.")
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}: give at least 1.")
-    generator = torch.Generator().manual_seed(seed)
-    device = _device(model)
-    image, hole = image.to(device), hole.to(device)
+    schedule, drawn = denoise.schedule, generator(seed)
+    image, hole = image.to(denoise.device), hole.to(denoise.device)
 
     def fresh() -> Tensor:
-        return torch.randn(image.shape, generator=generator, dtype=image.dtype).to(device)
+        return torch.randn(image.shape, generator=drawn, dtype=image.dtype).to(image.device)
 
-    levels = torch.cat([schedule.alphas_cumprod, torch.ones(1, dtype=torch.float64)])  # [-1]: no noise
     timesteps, x, evaluations = spaced_timesteps(schedule.T, steps), fresh(), 0
-    how = {"prediction": prediction, "clip": clip}
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
         for repeat in range(resamples):
-            with torch.no_grad():
-                output = model(x, torch.full((len(x),), t, device=device), y)
+            x0 = denoise(x, t, y)
             evaluations += 1
-            x0 = estimate_x0(schedule, output, t, x, **how)
-            x = ddim_step(schedule, output, t, t_prev, x, eta=1.0, noise=fresh(), **how)
+            x = ddim_step(schedule, x0, t, t_prev, x, eta=1.0, noise=fresh())
             known = image if t_prev < 0 else schedule.q_sample(image, t_prev, fresh())
             x = torch.where(hole, x, known)
-            if repeat + 1 < resamples and t_prev >= 0:
-                kept = levels[t] / levels[t_prev]
-                x = float(kept.sqrt()) * x + float((1 - kept).sqrt()) * fresh()
-            elif t_prev < 0:
+            if t_prev < 0:
                 break  # nothing is random any more
+            if repeat + 1 < resamples:
+                factor, added = schedule.transition(t, t_prev)
+                x = factor * x + math.sqrt(added) * fresh()
         yield SampleState(t, t_prev, x, x0, evaluations)
 
 
+@torch.no_grad()
 def ddim_invert(
-    model,
-    schedule: NoiseSchedule,
-    image: Tensor,
-    *,
-    steps: int = 50,
-    prediction: str = "epsilon",
-    y: Tensor | None = None,
+    denoise, image: Tensor, *, steps: int = 50, y: Conditions | None = None
 ) -> Iterator[SampleState]:
     """Run DDIM upward: from an image (B, C, H, W) to the noise that it would come from.
 
     The last state's ``x``, at T − 1, given to :func:`sample` as ``start`` with ``method="ddim"``, leads back
     to about the image; the difference falls with ``steps``. In each state ``t_prev`` is where the step
-    began (−1: the image) and ``t`` where it ended. Song et al. 2021, section 4.3. The network is asked
+    began (−1: the image) and ``t`` where it ended. Song et al. 2021, section 4.3. The denoiser is asked
     at the start of each step, and for the first, which has no timestep, at that of its end.
     """
-    device = _device(model)
-    x = image.to(device)
+    schedule, x = denoise.schedule, image.to(denoise.device)
     timesteps = spaced_timesteps(schedule.T, steps)[::-1]
     for evaluations, (t_prev, t) in enumerate(zip([-1, *timesteps[:-1]], timesteps), 1):
         asked = max(t_prev, timesteps[0])
-        with torch.no_grad():
-            output = model(x, torch.full((len(x),), asked, device=device), y)
-        x0 = x if t_prev < 0 else schedule.predict_x0(x, asked, output, prediction)
-        x = schedule.q_sample(x0, t, schedule.predict_noise(x, asked, output, prediction))
+        estimate = denoise(x, asked, y)
+        epsilon = schedule.predict_noise(x, asked, estimate, "sample")
+        x0 = x if t_prev < 0 else estimate
+        x = schedule.q_sample(x0, t, epsilon)
         yield SampleState(t, t_prev, x, x0, evaluations)
 
 
@@ -426,23 +429,24 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
 class IdealDenoiser:
     """The best answer there is for a finite data set, in closed form: the mean of x_0 given x_t.
 
-    ``data``: (N, C, H, W). Called like a network, ``(x, t, y=None)`` → the estimate of x_0 (so its
-    ``prediction`` is "sample"): the images of the set, weighted by how likely each is to have led to x_t. A
-    network that fits a finite set perfectly is this, and what it samples are copies of the set.
-    Karras et al. 2022 (arXiv 2206.00364), appendix B.3.
+    A denoiser, ``(x_t, t, y=None)`` → the images of ``data``, (N, C, H, W), weighted by how likely each is to
+    have led to x_t. A network that fits a finite set perfectly is this, and what it samples are copies of
+    the set. Karras et al. 2022 (arXiv 2206.00364), appendix B.3.
     """
 
-    def __init__(self, schedule: NoiseSchedule, data: Tensor):
+    def __init__(self, schedule: Process, data: Tensor):
         self.schedule, self.data = schedule, data
+        self.shape, self.device = tuple(data.shape[1:]), data.device
 
-    def weights(self, x: Tensor, t: Tensor) -> Tensor:
-        """How likely each image is to have led to each x_t: (B, C, H, W), (B,) → (B, N), rows sum to 1."""
-        level = self.schedule.alphas_cumprod[t.cpu()][:, None]
-        data = self.data.flatten(1).double().cpu()
-        # −‖x − √ᾱ x_i‖² / 2(1 − ᾱ), without the part that is the same for every i
-        fit = level.sqrt() * x.flatten(1).double().cpu() @ data.T - level * data.square().sum(1) / 2
-        return (fit / (1 - level)).softmax(1)
+    def weights(self, x: Tensor, t: Tensor | int) -> Tensor:
+        """How likely each image is to have led to each x_t: (B, C, H, W) → (B, N) float64, rows sum to 1."""
+        t = torch.as_tensor(t).cpu()
+        s, n = (values[t].reshape(-1, 1) for values in (self.schedule.signal, self.schedule.noise))
+        # On the CPU before float64, which MPS lacks.
+        data, x = (images.flatten(1).cpu().double() for images in (self.data, x))
+        # −‖x − s x_i‖² / 2n², without the part that is the same for every i
+        return ((s * (x @ data.T) - s**2 * data.square().sum(1) / 2) / n**2).softmax(1)
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor | int, y: Conditions | None = None) -> Tensor:
         mean = self.weights(x, t).to(self.data.dtype).to(self.data.device) @ self.data.flatten(1)
         return mean.reshape(x.shape).to(x.dtype).to(x.device)

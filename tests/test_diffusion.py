@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
-from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule, diffusion_loss
+from oasis_helpers.diffusion import PREDICTIONS, Denoiser, NoiseSchedule, diffusion_loss
 
 NAMES = ("linear", "quadratic", "cosine", "sigmoid")
 schedules = st.builds(NoiseSchedule.named, st.sampled_from(NAMES), st.integers(1, 1200))
@@ -19,7 +20,7 @@ def test_betas_lie_in_0_1_and_alphas_cumprod_falls(s):
     assert (s.snr().diff() < 0).all()
 
 
-@given(schedules, st.data(), st.sampled_from(PREDICTIONS), st.integers(0, 2**31))
+@given(schedules, st.data(), st.sampled_from(sorted(PREDICTIONS)), st.integers(0, 2**31))
 @settings(max_examples=80, deadline=None)
 def test_predictions_are_undone(s, data, prediction, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -90,8 +91,61 @@ def test_integer_and_batch_timesteps_agree():
 def test_loss_of_a_zero_output_is_the_mean_square_of_the_noise():
     s = NoiseSchedule.cosine(10)
     x, noise, t = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 2.0), torch.tensor([0, 9])
-    loss = diffusion_loss(lambda x, t, y: torch.zeros_like(x), s, x, t, noise)
+    loss = diffusion_loss(lambda x, t, y: torch.zeros_like(x), s, x, t, noise, "epsilon")
     assert loss.tolist() == [4.0, 4.0]
+
+
+def test_the_loss_hands_the_conditions_to_the_network():
+    s, y = NoiseSchedule.cosine(10), {"label": torch.tensor([1, 3])}
+    x, t = torch.zeros(2, 1, 4, 4), torch.tensor([0, 9])
+    network = lambda x, t, y: y["label"].reshape(-1, 1, 1, 1).expand_as(x).float()  # noqa: E731
+    assert diffusion_loss(network, s, x, t, x, "epsilon", y).tolist() == [1.0, 9.0]
+
+
+def test_a_batch_keeps_to_its_timesteps():
+    s = NoiseSchedule.cosine(50)
+    x0, noise, t = torch.ones(3, 1, 2, 2), torch.zeros(3, 1, 2, 2), torch.tensor([0, 20, 49])
+    for prediction in PREDICTIONS:
+        x_t = s.q_sample(x0, t, noise)
+        alone = [s.predict_x0(x_t[i : i + 1], int(t[i]), x_t[i : i + 1], prediction) for i in range(3)]
+        torch.testing.assert_close(s.predict_x0(x_t, t, x_t, prediction), torch.cat(alone))
+
+
+def test_the_denoiser_gives_the_image_that_the_output_implies():
+    s = NoiseSchedule.cosine(100)
+    x0, noise = torch.randn((2, 3, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for prediction in PREDICTIONS:
+        target = lambda x, t, y, prediction=prediction: s.target(x0, noise, t, prediction)  # noqa: E731
+        denoise = Denoiser(target, s, prediction, (1, 4, 4))
+        for t in (7, torch.tensor([3, 50, 98])):
+            torch.testing.assert_close(denoise(s.q_sample(x0, t, noise), t), x0)
+    with pytest.raises(ValueError, match="v_prediction"):
+        Denoiser(target, s, "noise", (1, 4, 4))
+
+
+class _NoFloat64(TorchFunctionMode):
+    """Stands for Apple's MPS, which has no float64: fails when such a tensor is moved."""
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        settings = settings or {}
+        asked = [a for a in (*arguments[1:], *settings.values()) if isinstance(a, str | torch.device)]
+        if function is torch.Tensor.to and any(torch.device(a).type == "meta" for a in asked):
+            assert arguments[0].dtype != torch.float64, "MPS has no float64"
+        return function(*arguments, **settings)
+
+
+def test_no_float64_is_moved_to_a_device():
+    s = NoiseSchedule.cosine(50)
+    with _NoFloat64():
+        with pytest.raises(AssertionError, match="MPS has no float64"):
+            torch.zeros(1, dtype=torch.float64).to("meta")
+        x, t = torch.zeros(2, 1, 4, 4, device="meta"), torch.tensor([0, 40])
+        for prediction in PREDICTIONS:
+            network = lambda x, t, y: x  # noqa: E731
+            diffusion_loss(network, s, x, t, x, prediction, min_snr_gamma=5.0)
+            diffusion_loss(network, s, x, t.to("meta"), x, prediction, min_snr_gamma=5.0)
+            s.predict_noise(x, 3, x, prediction)
+        s.q_posterior(x, x, 3)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +153,7 @@ def test_loss_of_a_zero_output_is_the_mean_square_of_the_noise():
     [
         (lambda s, x: s.q_sample(x, 10, x), "0 … 9"),
         (lambda s, x: s.q_sample(x, -1, x), "0 … 9"),
+        (lambda s, x: s.levels(10), "0 … 9"),
         (lambda s, x: s.q_sample(x, torch.tensor([1, 2, 3]), x), "batch of 2"),
         (lambda s, x: s.target(x, x, 1, "noise"), "v_prediction"),
         (lambda s, x: s.predict_x0(x, 1, x, "noise"), "v_prediction"),
@@ -116,6 +171,13 @@ def test_mistakes_are_named(call, message):
 def test_float_timesteps_are_refused():
     with pytest.raises(TypeError, match="integers"):
         NoiseSchedule.cosine(10).q_sample(torch.zeros(1, 1), torch.tensor([0.5]), torch.zeros(1, 1))
+
+
+def test_bytes_are_refused():
+    # x₀ of bytes times a share below 1 would be 0
+    x = torch.ones(1, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="to_unit_range"):
+        NoiseSchedule.cosine(10).q_sample(x, 3, x)
 
 
 def test_repr_names_the_schedule():

@@ -4,14 +4,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 
-from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule
+from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule, Process
 from oasis_helpers.sampling import (
+    Denoiser,
     IdealDenoiser,
+    clipped,
     ddim_invert,
     ddim_step,
     ddpm_step,
     dpm_solver_step,
-    estimate_x0,
+    guided,
     heun_step,
     inpaint,
     karras_timesteps,
@@ -29,10 +31,18 @@ def _inputs(seed=0):
     return [torch.randn(2, 1, 4, 4, generator=generator) for _ in range(3)]
 
 
+def _close(ours, theirs, where):
+    assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, where
+
+
+# All the first and last timesteps, where formulas go wrong, and some between.
+TIMES = (*range(12), *range(12, 988, 61), *range(988, 1000))
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ddpm_step_equals_diffusers_at_every_t(name, prediction, clip):
+def test_ddpm_step_equals_diffusers(name, prediction, clip):
     s = NoiseSchedule.named(name, 1000)
     reference = DDPMScheduler(
         1000,
@@ -44,32 +54,36 @@ def test_ddpm_step_equals_diffusers_at_every_t(name, prediction, clip):
     reference.alphas, reference.betas = s.alphas, s.betas
     reference.alphas_cumprod, reference.one = s.alphas_cumprod, torch.tensor(1.0, dtype=torch.float64)
     x_t, output, _ = (v.double() for v in _inputs())
-    for t in range(1000):
+    for t in TIMES:
         noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(t), dtype=x_t.dtype)
         theirs = reference.step(output, t, x_t, generator=torch.Generator().manual_seed(t)).prev_sample
-        ours = ddpm_step(s, output, t, x_t, prediction=prediction, clip=clip, noise=noise)
-        scale = max(1.0, float(theirs.abs().max()))
-        assert float((ours - theirs).abs().max()) / scale < 1e-5, t
+        x0 = s.predict_x0(x_t, t, output, prediction)
+        _close(ddpm_step(s, x0.clamp(-1, 1) if clip else x0, t, x_t, noise=noise), theirs, t)
 
 
+@pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ddim_step_equals_diffusers_at_every_t(name, prediction, eta):
+def test_ddim_step_equals_diffusers(name, prediction, eta, clip):
     s = NoiseSchedule.named(name, 1000)
-    reference = DDIMScheduler(1000, trained_betas=s.betas.numpy(), prediction_type=prediction)
+    reference = DDIMScheduler(
+        1000, trained_betas=s.betas.numpy(), prediction_type=prediction, clip_sample=clip
+    )
     reference.alphas_cumprod = s.alphas_cumprod
     reference.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     x_t, output, noise = (v.double() for v in _inputs())
     for stride in (1, 20):
         reference.set_timesteps(1000 // stride)
-        for t in range(1000):
+        for t in TIMES:
             # diffusers writes the same values for every stride: previous = t − stride
             t_prev = max(t - stride, -1)
-            theirs = reference.step(output, t, x_t, eta=eta, variance_noise=noise).prev_sample
-            ours = ddim_step(s, output, t, t_prev, x_t, prediction=prediction, eta=eta, noise=noise)
-            scale = max(1.0, float(theirs.abs().max()))
-            assert float((ours - theirs).abs().max()) / scale < 1e-5, (stride, t)
+            theirs = reference.step(
+                output, t, x_t, eta=eta, variance_noise=noise, use_clipped_model_output=True
+            ).prev_sample
+            x0 = s.predict_x0(x_t, t, output, prediction)
+            ours = ddim_step(s, x0.clamp(-1, 1) if clip else x0, t, t_prev, x_t, eta=eta, noise=noise)
+            _close(ours, theirs, (stride, t))
 
 
 def _answer(x, t):
@@ -87,7 +101,8 @@ def test_large_variance_equals_diffusers(name):
     for t in (0, 1, 17, 500, 999):
         noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(t), dtype=x_t.dtype)
         theirs = reference.step(output, t, x_t, generator=torch.Generator().manual_seed(t)).prev_sample
-        ours = ddpm_step(s, output, t, x_t, variance="large", noise=noise)
+        x0 = s.predict_x0(x_t, t, output, "epsilon").clamp(-1, 1)
+        ours = ddpm_step(s, x0, t, x_t, variance="large", noise=noise)
         assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
 
 
@@ -107,10 +122,9 @@ def test_dpm_solver_equals_diffusers_step_by_step(name, prediction, spacing):
     for t, t_prev in zip(times, [*times[1:], -1]):
         output = _answer(x, t)
         theirs = reference.step(output, t, x).prev_sample
-        how = {"prediction": prediction, "clip": False}
-        ours = dpm_solver_step(s, output, t, t_prev, x, previous=previous, **how)
-        previous = t, estimate_x0(s, output, t, x, **how)
-        assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+        x0 = s.predict_x0(x, t, output, prediction)
+        _close(dpm_solver_step(s, x0, t, t_prev, x, previous=previous), theirs, t)
+        previous = t, x0
         x = theirs
 
 
@@ -128,62 +142,102 @@ def test_heun_equals_diffusers_step_by_step(name, prediction):
     doubled = torch.cat([sigmas[times], sigmas.new_zeros(1)])
     reference.sigmas = torch.cat([doubled[:1], doubled[1:-1].repeat_interleave(2), doubled[-1:]])
     scale = s.alphas_cumprod.sqrt()  # theirs is x/√ᾱ
-    x, how = _inputs()[0].double(), {"prediction": prediction, "clip": False}
+    x = _inputs()[0].double()
     for t, t_prev in pairwise(times):
         output = _answer(x, t)
-        guess = ddim_step(s, output, t, t_prev, x, **how)
+        x0 = s.predict_x0(x, t, output, prediction)
+        guess = ddim_step(s, x0, t, t_prev, x)
         theirs = reference.step(output, t, x / scale[t]).prev_sample * scale[t_prev]
-        assert float((guess - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+        _close(guess, theirs, t)
         second = _answer(guess, t_prev)
-        ours = heun_step(s, output, t, t_prev, x, second, guess, **how)
+        ours = heun_step(s, x0, t, t_prev, x, s.predict_x0(guess, t_prev, second, prediction))
         theirs = reference.step(second, t_prev, guess / scale[t_prev]).prev_sample * scale[t_prev]
-        assert float((ours - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) < 1e-5, t
+        _close(ours, theirs, t)
         x = ours
 
 
-def _gaussian(schedule, mean, deviation):
-    """The perfect denoiser of normal data, and the exact end of the ODE from x at T − 1."""
+def test_heun_of_one_estimate_is_euler():
+    # Both slopes of the same estimate: nothing may be mixed of a clipped and an unclipped one.
+    s, (x, x0, _) = NoiseSchedule.cosine(100), (v.double() for v in _inputs())
+    euler = ddim_step(s, x0, 60, 40, x)
+    torch.testing.assert_close(heun_step(s, x0, 60, 40, x, x0), euler, rtol=1e-9, atol=1e-9)
 
-    def denoiser(x, t, y=None):
-        a = schedule.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        return mean + a.sqrt() * deviation**2 / (a * deviation**2 + 1 - a) * (x - a.sqrt() * mean)
 
-    a = schedule.alphas_cumprod[-1]
+# ---- what is known exactly: normal data ----------------------------------------------------------
+
+FLOW = {"flow": lambda s, n: (torch.ones_like(s), -torch.ones_like(n))}
+
+
+def _straight(T):
+    """Rectified flow as a process: x_t = (1 − τ) x₀ + τ ε."""
+    tau = torch.arange(1, T + 1, dtype=torch.float64) / (T + 1)
+    return Process(1 - tau, tau, "straight")
+
+
+def _gaussian(process, mean, deviation, prediction="sample"):
+    """The perfect denoiser of normal data through ``prediction``, and the exact end of the ODE from T − 1."""
+
+    def network(x, t, y=None):
+        signal, noise = (v[t].reshape(-1, 1, 1, 1) for v in (process.signal, process.noise))
+        variance = (signal * deviation) ** 2 + noise**2
+        x0 = mean + signal * deviation**2 / variance * (x - signal * mean)
+        return process.target(x0, (x - signal * x0) / noise, t, prediction)
+
+    (s, n) = process.levels(process.T - 1)
 
     def end(x):
-        return mean + deviation * (x - a.sqrt() * mean) / (a * deviation**2 + 1 - a).sqrt()
+        return mean + deviation * (x - s * mean) / ((s * deviation) ** 2 + n**2) ** 0.5
 
-    return denoiser, end
+    return Denoiser(network, process, prediction, (1, 1, 1)), end
 
 
-def _errors(method, steps, **settings):
-    s = NoiseSchedule.linear(8000, 0.1 / 8000, 20 / 8000)
-    denoiser, end = _gaussian(s, 0.3, 0.5)
+PROCESSES = {
+    "linear": lambda: NoiseSchedule.linear(8000, 0.1 / 8000, 20 / 8000),
+    "flow": lambda: _straight(8000),
+}
+
+
+def _errors(process, method, steps, prediction="sample", **settings):
+    denoise, end = _gaussian(process, 0.3, 0.5, prediction)
     x = torch.randn(64, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    how = {"prediction": "sample", "clip": False, "start": (x, 7999), "method": method} | settings
-    ends = [sample_images(denoiser, s, x.shape, steps=n, **how) for n in steps]
+    how = {"start": (x, process.T - 1), "method": method} | settings
+    ends = [sample_images(denoise, 64, steps=n, **how) for n in steps]
     return [float((found - end(x)).square().mean().sqrt()) for found in ends]
 
 
-def test_second_order_solvers_beat_the_first_on_gaussian_data():
-    first = _errors("ddim", (20, 40))
+@pytest.mark.parametrize("name", PROCESSES)
+def test_second_order_solvers_beat_the_first_on_gaussian_data(name, monkeypatch):
+    monkeypatch.setitem(PREDICTIONS, "flow", FLOW["flow"])  # all that a new prediction needs
+    process, prediction = PROCESSES[name](), "flow" if name == "flow" else "v_prediction"
+    first = _errors(process, "ddim", (40, 80), prediction)
     assert first[0] / first[1] == pytest.approx(2, rel=0.1)  # first order: half the step, half the error
-    assert _errors("dpm_solver", (40,))[0] < first[1] / 5
-    heun = _errors("heun", (10, 20), spacing="karras")  # as many calls of the network
+    assert _errors(process, "dpm_solver", (80,), prediction)[0] < first[1] / 5
+    heun = _errors(process, "heun", (20, 40), prediction, spacing="karras")  # as many calls
     assert heun[0] / heun[1] > 3
     assert heun[1] < first[1]
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_random_steps_end_in_the_right_distribution(name, method):
+    process = {"linear": NoiseSchedule.linear, "flow": _straight}[name](300)
+    denoise, _ = _gaussian(process, 0.3, 0.5)
+    found = sample_images(denoise, 20_000, method=method, steps=300, eta=1.0, seed=1)
+    start = denoise.schedule.levels(299)[0]  # what is left of the image where pure noise is put
+    assert float(found.mean()) == pytest.approx(0.3, abs=0.02 + start)
+    assert float(found.std()) == pytest.approx(0.5, rel=0.03)
 
 
 def test_evaluations_are_counted():
     s, calls = NoiseSchedule.cosine(50), []
 
-    def model(x, t, y):
+    def network(x, t, y):
         calls.append(int(t[0]))
         return torch.zeros_like(x)
 
     for method, wanted in (("ddim", 5), ("dpm_solver", 5), ("heun", 9)):
         calls.clear()
-        *_, last = sample(model, s, (1, 1, 4, 4), method=method, steps=5, prediction="v_prediction")
+        *_, last = sample(Denoiser(network, s, "v_prediction", (1, 4, 4)), 1, method=method, steps=5)
         assert last.evaluations == len(calls) == wanted
 
 
@@ -197,28 +251,85 @@ def test_zero_terminal_snr():
     torch.testing.assert_close(s.betas, theirs, rtol=1e-9, atol=1e-12)
     x, *_ = _inputs()
     with pytest.raises(ValueError, match="no signal is left"):
-        ddim_step(s, x, 999, 900, x)
+        s.predict_x0(x, 999, x, "epsilon")
     with pytest.raises(ValueError, match="no signal is left"):
-        heun_step(s, x, 999, 900, x, x, x, prediction="v_prediction")
+        heun_step(s, x, 999, 900, x, x)
+    denoise = Denoiser(lambda x, t, y: -x / 2, s, "v_prediction", tuple(x.shape[1:]))
     for method in ("ddpm", "ddim", "dpm_solver", "heun"):
-        steps = None if method == "ddpm" else 5
-        *_, last = sample(
-            lambda x, t, y: -x / 2, s, x.shape, method=method, steps=steps, prediction="v_prediction"
-        )
+        *_, last = sample(denoise, 2, method=method, steps=None if method == "ddpm" else 5)
         assert last.x.isfinite().all()
 
 
-def test_dynamic_thresholding():
-    s, (x, output, _) = NoiseSchedule.cosine(10), _inputs()
-    raw = estimate_x0(s, 3 * output, 5, x, prediction="sample", clip=False)
-    held = estimate_x0(s, 3 * output, 5, x, prediction="sample", clip=0.9)
+# ---- denoisers around denoisers -------------------------------------------------------------------
+
+
+class _Fixed:
+    """Stands for a denoiser: the same estimate everywhere, another with conditions."""
+
+    def __init__(self, x0, with_y=None, schedule=None):
+        self.x0, self.with_y, self.schedule = x0, with_y, schedule or NoiseSchedule.cosine(10)
+        self.shape, self.device, self.asked = tuple(x0.shape[1:]), x0.device, []
+
+    def __call__(self, x, t, y=None):
+        self.asked.append(y)
+        return self.with_y if y else self.x0
+
+
+def test_clipping_holds_estimates_in_the_range_of_images():
+    _, output, _ = _inputs()
+    raw = 3 * output
+    assert torch.equal(clipped(_Fixed(raw))(raw, 5), raw.clamp(-1, 1))
+    held = clipped(_Fixed(raw), quantile=0.9)(raw, 5)
     for image, found in zip(raw, held):
-        limit = max(1.0, float(image.abs().flatten().quantile(0.9)))
+        limit = max(1.0, float(image.abs().flatten().quantile(0.9, interpolation="higher")))
         torch.testing.assert_close(found, image.clamp(-limit, limit) / limit)
     small = 0.1 * output
-    assert torch.equal(estimate_x0(s, small, 5, x, prediction="sample", clip=0.9), small)
+    assert torch.equal(clipped(_Fixed(small), quantile=0.9)(small, 5), small)
     with pytest.raises(ValueError, match="quantile"):
-        estimate_x0(s, small, 5, x, prediction="sample", clip=1.5)
+        clipped(_Fixed(raw), quantile=1.5)
+
+
+def test_quantiles_of_many_values():
+    # torch.quantile refuses more than 2^24 values, which 65 images of 512×512 have.
+    images = torch.zeros(65, 1, 512, 512)
+    images[:, :, 0] = 3.0
+    assert clipped(_Fixed(images), quantile=0.999)(images, 5).max() == 1
+
+
+def test_guidance_is_the_rule_and_its_ends_are_exact():
+    without, with_y, _ = _inputs()
+    denoise, y = _Fixed(without, with_y), {"label": torch.tensor([0, 1])}
+    torch.testing.assert_close(guided(denoise, 3.0)(without, 5, y), without + 3 * (with_y - without))
+    denoise.asked.clear()
+    assert torch.equal(guided(denoise, 1.0)(without, 5, y), with_y)
+    assert torch.equal(guided(denoise, 0.0)(without, 5, y), without)
+    assert denoise.asked == [y, None]  # one call each, not two
+    with pytest.raises(ValueError, match="nothing to guide towards"):
+        guided(denoise, 2.0)(without, 5)
+
+
+def test_guidance_in_the_image_is_guidance_in_the_noise():
+    s, (x, first, second) = NoiseSchedule.cosine(100), (v.double() for v in _inputs())
+    epsilons = [s.predict_noise(x, 40, x0, "sample") for x0 in (first, second)]
+    mixed = epsilons[0] + 2.5 * (epsilons[1] - epsilons[0])
+    found = guided(_Fixed(first, second, s), 2.5)(x, 40, {"label": torch.tensor([0, 1])})
+    torch.testing.assert_close(found, s.predict_x0(x, 40, mixed, "epsilon"))
+
+
+def test_conditions_go_with_every_call():
+    first, second, _ = _inputs()
+    y = {"label": torch.tensor([1, 0])}
+    for method, calls in (("ddpm", 10), ("ddim", 4), ("dpm_solver", 4), ("heun", 7)):
+        denoise = _Fixed(first, second)
+        steps = None if method == "ddpm" else 4
+        found = sample_images(denoise, 2, method=method, steps=steps, y=y)
+        assert denoise.asked == [y] * calls
+        torch.testing.assert_close(found, second, atol=1e-4, rtol=0)
+    denoise = _Fixed(first, second)
+    *_, last = inpaint(denoise, first, torch.ones(1, 1, 4, 4, dtype=torch.bool), steps=3, y=y)
+    torch.testing.assert_close(last.x, second, atol=1e-4, rtol=0)
+    *_, last = ddim_invert(denoise, first, steps=3, y=y)
+    assert all(asked == y for asked in denoise.asked)
 
 
 def test_karras_spacing():
@@ -246,12 +357,12 @@ def test_spacings_equal_diffusers(spacing):
         spaced_timesteps(10, 5, "odd")
 
 
-def test_ddim_with_eta_1_is_ddpm():
-    s = NoiseSchedule.cosine(100)
-    x_t, output, noise = (v.double() for v in _inputs())
+@pytest.mark.parametrize("process", [NoiseSchedule.cosine(100), _straight(100)])
+def test_ddim_with_eta_1_is_ddpm(process):
+    x_t, x0, noise = (v.double() for v in _inputs())
     for t in range(1, 100):
-        a = ddpm_step(s, output, t, x_t, clip=False, noise=noise)
-        b = ddim_step(s, output, t, t - 1, x_t, eta=1.0, clip=False, noise=noise)
+        a = ddpm_step(process, x0, t, x_t, noise=noise)
+        b = ddim_step(process, x0, t, t - 1, x_t, eta=1.0, noise=noise)
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -267,14 +378,10 @@ def test_without_noise_the_step_is_the_mean():
     assert torch.equal(ddpm_step(s, output, 0, x_t, noise=noise), ddpm_step(s, output, 0, x_t))
 
 
-class Oracle:
-    """A perfect network for one image: it returns the true noise."""
-
-    def __init__(self, s, x0):
-        self.s, self.x0 = s, x0
-
-    def __call__(self, x, t, y=None):
-        return self.s.predict_noise(x, t, self.x0.expand_as(x), "sample")
+def _oracle(s, x0):
+    """A perfect network for one image: it puts out the true noise."""
+    network = lambda x, t, y=None: s.predict_noise(x, t, x0.expand_as(x), "sample")  # noqa: E731
+    return clipped(Denoiser(network, s, "epsilon", tuple(x0.shape[1:])))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +390,7 @@ class Oracle:
 def test_an_oracle_leads_back_to_the_image(settings):
     s = NoiseSchedule.cosine(60)
     x0 = torch.linspace(-0.9, 0.9, 16).reshape(1, 1, 4, 4)
-    states = list(sample(Oracle(s, x0), s, (3, 1, 4, 4), **settings))
+    states = list(sample(_oracle(s, x0), 3, **settings))
     assert states[0].t == 59
     assert states[-1].t_prev == -1
     assert len(states) == {"ddpm": 60}.get(settings["method"], settings.get("steps", 50))
@@ -292,31 +399,37 @@ def test_an_oracle_leads_back_to_the_image(settings):
 
 
 def test_seeds_decide():
-    s, shape = NoiseSchedule.cosine(20), (2, 1, 4, 4)
-    model = lambda x, t, y=None: 0.1 * x  # noqa: E731
-    first = sample_images(model, s, shape, seed=3)
-    assert torch.equal(first, sample_images(model, s, shape, seed=3))
-    assert not torch.equal(first, sample_images(model, s, shape, seed=4))
+    denoise = Denoiser(lambda x, t, y=None: 0.1 * x, NoiseSchedule.cosine(20), "epsilon", (1, 4, 4))
+    first = sample_images(denoise, 2, seed=3)
+    assert torch.equal(first, sample_images(denoise, 2, seed=3))
+    assert not torch.equal(first, sample_images(denoise, 2, seed=4))
     before = torch.random.get_rng_state()
-    sample_images(model, s, shape)
+    sample_images(denoise, 2)
     assert torch.equal(before, torch.random.get_rng_state())
+    for seed in (-1, 2**31, 2**32 + 3, 1.5):  # torch keeps 32 bits: 2^32 + 3 would be 3
+        with pytest.raises(ValueError, match=r"seed is .*give a whole number from 0 to 2,147,483,647"):
+            sample_images(denoise, 2, seed=seed)
 
 
 def test_start_from_a_noised_image():
     s = NoiseSchedule.cosine(40)
     x0 = torch.full((1, 1, 4, 4), 0.25)
-    states = list(sample(Oracle(s, x0), s, (1, 1, 4, 4), start=(s.q_sample(x0, 17, torch.ones_like(x0)), 17)))
+    states = list(sample(_oracle(s, x0), 1, start=(s.q_sample(x0, 17, torch.ones_like(x0)), 17)))
     assert [states[0].t, len(states)] == [17, 18]
     torch.testing.assert_close(states[-1].x, x0, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("T", "steps"), [(1000, 50), (1000, 7), (10, 10), (5, 1)])
-def test_spaced_timesteps_start_at_the_end(T, steps):
-    found = spaced_timesteps(T, steps)
-    assert found[0] == T - 1
-    assert found[-1] >= 0
-    assert len(found) == steps == len(set(found))
-    assert found == sorted(found, reverse=True)
+@pytest.mark.parametrize(
+    ("T", "steps", "found"),
+    [
+        (1000, 5, [999, 799, 599, 399, 199]),
+        (10, 10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]),
+        (10, 4, [9, 7, 4, 1]),  # 10 − 2.5 i, rounded (halves to even), less one
+        (5, 1, [4]),
+    ],
+)
+def test_trailing_timesteps(T, steps, found):
+    assert spaced_timesteps(T, steps) == found
 
 
 @pytest.mark.parametrize(
@@ -325,7 +438,8 @@ def test_spaced_timesteps_start_at_the_end(T, steps):
         ({"method": "euler"}, "'ddpm', 'ddim'"),
         ({"method": "ddpm", "steps": 5}, "all 10 steps"),
         ({"method": "ddim", "steps": 11}, "1 to T = 10"),
-        ({"prediction": "noise"}, "v_prediction"),
+        ({"method": "ddpm", "spacing": "karras"}, "use method='ddim', eta=1"),
+        ({"count": 0}, "count is 0"),
         ({"start": (torch.zeros(1, 1, 2, 2), 5)}, "shape"),
         ({"start": (torch.zeros(1, 1, 4, 4), 10)}, "0 … 9"),
         ({"method": "ddim", "eta": 2.0}, "eta"),
@@ -333,13 +447,17 @@ def test_spaced_timesteps_start_at_the_end(T, steps):
 )
 def test_mistakes_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        list(sample(lambda x, t, y=None: x, NoiseSchedule.cosine(10), (1, 1, 4, 4), **settings))
+        list(sample(_Fixed(torch.zeros(1, 1, 4, 4)), **{"count": 1} | settings))
 
 
 def test_ddim_wants_time_to_run_backwards():
     x = torch.zeros(1, 1, 2, 2)
+    s = NoiseSchedule.cosine(10)
     with pytest.raises(ValueError, match="t_prev"):
-        ddim_step(NoiseSchedule.cosine(10), x, 3, 3, x)
+        ddim_step(s, x, 3, 3, x)
+    for step in (ddpm_step, lambda s, x0, t, x: ddim_step(s, x0, t, 2, x)):
+        with pytest.raises(ValueError, match="0 … 9"):
+            step(s, x, 10, x)
 
 
 def test_the_ideal_denoiser_is_the_posterior_mean():
@@ -360,15 +478,7 @@ def test_a_perfect_fit_only_copies(method):
     generator = torch.Generator().manual_seed(0)
     data = torch.rand((6, 1, 4, 4), generator=generator) * 2 - 1
     s = NoiseSchedule.cosine(200)
-    found = sample_images(
-        IdealDenoiser(s, data),
-        s,
-        (20, 1, 4, 4),
-        method=method,
-        steps=40,
-        spacing="karras",
-        prediction="sample",
-    )
+    found = sample_images(IdealDenoiser(s, data), 20, method=method, steps=40, spacing="karras")
     nearest = torch.cdist(found.flatten(1), data.flatten(1)).min(1)
     assert nearest.values.max() < 1e-3
     assert len(nearest.indices.unique()) > 3
@@ -379,14 +489,14 @@ def test_inpainting_keeps_what_is_given_and_fits_the_rest():
     data = torch.rand((6, 1, 4, 4), generator=generator) * 2 - 1
     s, hole = NoiseSchedule.cosine(200), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     hole[..., 2:, :] = True
-    *_, last = inpaint(IdealDenoiser(s, data), s, data, hole, steps=20, prediction="sample")
+    *_, last = inpaint(IdealDenoiser(s, data), data, hole, steps=20)
     assert torch.equal(last.x[..., :2, :], data[..., :2, :])
     assert (last.x - data).abs().max() < 0.05  # one image alone has this upper half
     assert last.evaluations == 19 * 5 + 1
-    once = [state.x for state in inpaint(IdealDenoiser(s, data), s, data, hole, steps=3, resamples=1, seed=1)]
-    again = [
-        state.x for state in inpaint(IdealDenoiser(s, data), s, data, hole, steps=3, resamples=1, seed=1)
-    ]
+    once, again = (
+        [state.x for state in inpaint(IdealDenoiser(s, data), data, hole, steps=3, resamples=1, seed=1)]
+        for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(once, again))
 
 
@@ -402,22 +512,21 @@ def test_inpainting_keeps_what_is_given_and_fits_the_rest():
 def test_mistakes_in_inpainting_are_named(hole, resamples, message):
     image = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
-        next(inpaint(lambda x, t, y: x, NoiseSchedule.cosine(10), image, hole, resamples=resamples))
+        next(inpaint(_Fixed(image), image, hole, resamples=resamples))
 
 
 def test_inversion_leads_back_to_the_image():
     s = NoiseSchedule.linear(1000)
-    denoiser, _ = _gaussian(s, 0.3, 0.5)
+    denoise, _ = _gaussian(s, 0.3, 0.5)
     image = 0.3 + 0.5 * torch.randn(
         8, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    errors, how = [], {"prediction": "sample"}
+    errors = []
+    denoise = Denoiser(denoise.network, s, "sample", (1, 2, 2))
     for steps in (25, 100):
-        *_, up = ddim_invert(denoiser, s, image, steps=steps, **how)
+        *_, up = ddim_invert(denoise, image, steps=steps)
         assert (up.t, up.evaluations) == (999, steps)
-        back = sample_images(
-            denoiser, s, image.shape, method="ddim", steps=steps, start=(up.x, 999), clip=False, **how
-        )
+        back = sample_images(denoise, 8, method="ddim", steps=steps, start=(up.x, 999))
         errors.append(float((back - image).abs().max()))
     assert errors[1] < errors[0] / 2
     assert errors[1] < 0.1
