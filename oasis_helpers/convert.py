@@ -45,7 +45,6 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .archives import ArchiveDamaged, ArchiveRefused, Member, kind_of, members
@@ -54,9 +53,10 @@ from .layout import (
     DATASET_FOLDER,
     PLANES,
     ROWS,
-    SIDE,
     SPLITS,
     DataLocation,
+    WrongMode,
+    WrongSize,
     check_space,
     course_cases,
     image_name,
@@ -64,6 +64,7 @@ from .layout import (
     mask_name,
     pad,
     png_bytes,
+    read_png,
     remove_leftovers,
     write_file,
 )
@@ -75,7 +76,8 @@ T88 = (ROWS, COLS, 176)
 FIRST_PLANE = 90 - 17  # of the T88 volume, counted from 0: slice 17 is OASIS's tra_90
 NEURITE = (160, 192)
 _NEURITE_TISSUE = np.array([0, 2, 2, 3, 1], np.uint8)  # background, cortex, deep grey, white, CSF
-_LARGEST_PNG = 2**20  # bytes; a slice has about 20 kB
+# Bytes of one file. A PNG has about 20 kB, a T88 volume in float64 52 MB, a packed neurite slice 25 kB.
+_LARGEST = {"course": 2**20, "oasis1": 52 * 2**20, "neurite": 2**20}
 _LARGEST_NIFTI = 2**22  # bytes unpacked; a neurite slice in float64 has 250 kB
 _PENDING = 24  # subjects of a stream that may wait for their last file
 
@@ -220,10 +222,19 @@ def _role(format: str, name: str, stripped: bool) -> tuple[int, tuple] | None:
     return (case, (role, match[4])) if role else None
 
 
-def _add(found: _Case, role: tuple, member: Member, read: Callable[[], bytes]) -> None:
+def _add(found: _Case, role: tuple, member: Member, largest: int, *, at_once: bool) -> None:
+    """Note a file of a case; its bytes are read ``at_once`` or when the case is converted."""
     if role in found.parts:
         found.problems.append(f"{member.name} is there twice; keep one of the two")
-    found.parts[role] = read
+    if member.size > largest:
+        found.problems.append(
+            f"{member.name} has {member.size / 1e6:,.0f} MB; such files have at most {largest / 1e6:,.0f}"
+        )
+    elif at_once:
+        content = member.read()
+        found.parts[role] = lambda: content
+    else:
+        found.parts[role] = member.read
 
 
 def _grouped(source: Path, format: str, stripped: bool, done: set[int], advance) -> Iterator[_Case]:
@@ -233,10 +244,7 @@ def _grouped(source: Path, format: str, stripped: bool, done: set[int], advance)
         found = _role(format, member.name, stripped)
         if found and found[0] not in done:
             case = cases.setdefault(found[0], _Case(found[0]))
-            limit = _LARGEST_PNG if format == "course" else None
-            if limit and member.size > limit:
-                case.problems.append(f"{member.name} has {member.size / 1e6:,.0f} MB; a slice has 0.02")
-            _add(case, found[1], member, member.read)
+            _add(case, found[1], member, _LARGEST[format], at_once=False)
     for number, case in enumerate(sorted(cases.values(), key=lambda c: c.case), 1):
         yield case
         advance(number / len(cases))
@@ -258,8 +266,7 @@ def _streamed(
                 if not found or found[0] in done:
                     continue
                 case = pending.setdefault(found[0], _Case(found[0]))
-                content = member.read()
-                _add(case, found[1], member, lambda content=content: content)
+                _add(case, found[1], member, _LARGEST[format], at_once=True)
                 if len(case.parts) == complete:
                     yield pending.pop(case.case)
                 elif len(pending) > _PENDING:
@@ -289,17 +296,12 @@ def split_of(case: int) -> str:
 def _course_png(name: str, content: bytes) -> None:
     """Raise unless ``content`` is a slice or mask of the course set."""
     try:
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            if image.size != (SIDE, SIDE):
-                raise _Unusable(f"{name} is {image.width}×{image.height}, should be {SIDE}×{SIDE}")
-            if image.mode != "L":
-                raise _Unusable(f"{name} has mode {image.mode}, should be L (8-bit greyscale)")
-            image.load()
-    except _Unusable:
-        raise
-    except UnidentifiedImageError:
-        raise _Unusable(f"{name} is no PNG; copy it again") from None
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+        read_png(io.BytesIO(content))
+    except WrongSize as error:
+        raise _Unusable(f"{name} is {error}") from None
+    except WrongMode as error:
+        raise _Unusable(f"{name} has {error}") from None
+    except OSError as error:
         raise _Unusable(f"{name} is damaged ({str(error)[:80]}); copy it again") from None
 
 

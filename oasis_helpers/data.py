@@ -28,12 +28,14 @@ from tqdm.auto import tqdm
 from .layout import (
     DATASET_FOLDER,
     PLANES,
-    SIDE,
     SPLITS,
     DataLocation,
+    WrongMode,
+    WrongSize,
     course_cases,
     image_name,
     mask_name,
+    read_png,
     slices_in,
 )
 
@@ -44,23 +46,19 @@ TISSUES = ("background", "CSF", "grey matter", "white matter")
 def _open_checked(path: Path) -> Image.Image:
     """The PNG at ``path``, decoded, if it is what the course set holds; else one clear line."""
     try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_png(path)
+    except WrongMode as error:
+        raise ValueError(
+            f"{path} has {error}. Convert it with PIL's image.convert('L'), or copy the original again."
+        ) from None
+    except WrongSize as error:
+        raise ValueError(
+            f"{path} is {error}. Use the original file: resizing belongs in the transform."
+        ) from None
+    except OSError as error:
         raise OSError(
             f"{path} cannot be read as a PNG ({error}). It is damaged or incomplete: copy or make it again."
-        ) from error
-    if image.mode != "L":
-        raise ValueError(
-            f"{path} has mode {image.mode}; slices are 8-bit greyscale (mode L). "
-            "Convert it with PIL's image.convert('L'), or copy the original again."
-        )
-    if image.size != (SIDE, SIDE):
-        raise ValueError(
-            f"{path} is {image.size[0]}×{image.size[1]} pixels; slices are {SIDE}×{SIDE}. "
-            "Use the original file: resizing belongs in the transform."
-        )
-    return image
+        ) from None
 
 
 class OASISDataset(Dataset):
@@ -374,7 +372,8 @@ def check_dataset(root: str | Path) -> DatasetReport:
     for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 5000):
         _check_file(path, report, prefix, like_course=known is not None)
         if known is not None:
-            digests[case][prefix].append(hashlib.sha256(path.read_bytes()).hexdigest())
+            with path.open("rb") as file:
+                digests[case][prefix].append(hashlib.file_digest(file, "sha256").hexdigest())
     if known is not None:
         _compare_checksums(digests, known, report)
     return report
@@ -383,19 +382,15 @@ def check_dataset(root: str | Path) -> DatasetReport:
 def _check_file(path: Path, report: DatasetReport, prefix: str, like_course: bool) -> None:
     name = f"{path.parent.name}/{path.name}"
     try:
-        with Image.open(path) as image:
-            mode, size = image.mode, image.size
-            if size == (SIDE, SIDE):  # another size is wrong anyway, and may be a bomb
-                image.load()
-                pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        report.corrupt.append(f"{name}: {str(error).replace(str(path), path.name)}; copy it again")
+        pixels = np.asarray(read_png(path))
+    except WrongMode as error:
+        report.wrong_mode.append(f"{name}: {error}")
         return
-    if mode != "L":
-        report.wrong_mode.append(f"{name}: mode {mode}, should be L (8-bit greyscale)")
-    if size != (SIDE, SIDE):
-        report.wrong_size.append(f"{name}: {size[0]}×{size[1]}, should be {SIDE}×{SIDE}")
-    if mode != "L" or size != (SIDE, SIDE):
+    except WrongSize as error:
+        report.wrong_size.append(f"{name}: {error}")
+        return
+    except OSError as error:
+        report.corrupt.append(f"{name}: {str(error).replace(str(path), path.name)}; copy it again")
         return
     if prefix == "seg" and not np.isin(pixels, MASK_VALUES).all():
         report.odd.append(f"{name}: values other than {', '.join(map(str, MASK_VALUES))}; copy it again")

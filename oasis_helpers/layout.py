@@ -10,13 +10,17 @@ import csv
 import io
 import os
 import re
+import secrets
 import shutil
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 DATASET_FOLDER = "keras_png_slices"
 SPLITS = ("train", "validate", "test")
@@ -76,15 +80,62 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+class WrongMode(ValueError):
+    """A PNG whose pixels are not 8-bit greyscale."""
+
+
+class WrongSize(ValueError):
+    """A PNG that is not 256×256."""
+
+
+def read_png(file: Path | BinaryIO) -> Image.Image:
+    """A slice or mask of the course set, decoded: mode L, 256×256.
+
+    Raises ``OSError`` for what is no sound PNG, :class:`WrongMode` and :class:`WrongSize`, whose
+    messages begin with what was found and leave it to the caller to name the file.
+    """
+    # Another format's decoder may start a program, and a header of a few bytes may ask for gigabytes.
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            if image.size != (SIDE, SIDE):
+                raise WrongSize(f"{image.width}×{image.height}, should be {SIDE}×{SIDE}")
+            if image.mode != "L":
+                raise WrongMode(f"mode {image.mode}, should be L (8-bit greyscale)")
+            image.load()
+            return image
+    except (WrongSize, WrongMode):
+        raise
+    except UnidentifiedImageError:
+        raise OSError("no PNG") from None
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from None
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a new file beside ``path`` and give it that name: what has the name is whole.
+
+    The file is created under a random name, so nobody can have laid a link there, and is on disk
+    before it gets its name. If anything fails it is removed, and what ``path`` was before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    with temporary.open("xb"):
+        pass
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_file(path: Path, content: bytes) -> None:
-    """Write beside the place and rename: a file that has its name is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    """Write ``content`` by :func:`replace_file`."""
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what :func:`write_file` left behind where it was killed."""
+    """Delete what :func:`replace_file` left behind where it was killed."""
     for left_over in (*root.glob(".*.part"), *root.glob("*/.*.part")):
         left_over.unlink(missing_ok=True)
 

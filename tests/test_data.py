@@ -1,9 +1,12 @@
+import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader
 
 from oasis_helpers import data
@@ -15,6 +18,7 @@ from oasis_helpers.data import (
     slice_transform,
     to_unit_range,
 )
+from oasis_helpers.layout import replace_file, write_file
 
 SEG_TRAIN = "keras_png_slices_seg_train"
 
@@ -126,10 +130,19 @@ def _save(mode, size=(256, 256)):
     return lambda path: Image.new(mode, size).save(path, format="PNG")
 
 
+def _claim_81_megapixels(path):
+    raw = bytearray(path.read_bytes())
+    raw[16:24] = struct.pack(">II", 9000, 9000)
+    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
+    path.write_bytes(raw)
+
+
 SPOILED = {
     "truncated": (_truncate, OSError, "cannot be read", "corrupt"),
     "empty file": (lambda p: p.write_bytes(b""), OSError, "cannot be read", "corrupt"),
     "text": (lambda p: p.write_text("no PNG"), OSError, "cannot be read", "corrupt"),
+    "BMP": (lambda p: Image.new("L", (256, 256)).save(p, format="BMP"), OSError, "no PNG", "corrupt"),
+    "giant": (_claim_81_megapixels, ValueError, "9000×9000", "wrong_size"),
     "RGB": (_save("RGB"), ValueError, "mode RGB", "wrong_mode"),
     "RGBA": (_save("RGBA"), ValueError, "mode RGBA", "wrong_mode"),
     "palette": (_save("P"), ValueError, "mode P", "wrong_mode"),
@@ -151,6 +164,56 @@ def test_a_spoiled_png_is_named(copy, kind):
     assert len(getattr(report, where)) == 1
     assert "case_001_slice_0.nii.png" in getattr(report, where)[0]
     assert str(copy) not in str(report)
+
+
+def test_no_other_program_is_started_for_a_file_named_png(copy, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was asked"))
+    Image.new("L", (256, 256)).save(_first(copy), format="EPS")
+    with pytest.raises(OSError, match="no PNG"):
+        OASISDataset(copy / "keras_png_slices_train")[0]
+    assert len(check_dataset(copy).corrupt) == 1
+
+
+# ---- files are whole or not there -----------------------------------------------------------
+
+
+def test_a_file_that_fails_half_way_changes_nothing(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"old")
+
+    def half(temporary):
+        temporary.write_bytes(b"ne")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        replace_file(path, half)
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("on disk") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("named") or replace(*names))
+    write_file(tmp_path / "a", b"content")
+    assert done == ["on disk", "named"]
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_temporary_file_cannot_be_foreseen(tmp_path, monkeypatch):
+    seen = []
+    for _ in range(2):
+        replace_file(tmp_path / "a", lambda temporary: seen.append(temporary.name))
+    assert seen[0] != seen[1]
+    assert all(name.startswith(".a.") and name.endswith(".part") for name in seen)
+    # And if somebody did foresee it: a link there is not followed.
+    monkeypatch.setattr("secrets.token_hex", lambda size: "known")
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / ".a.known.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "a", b"content")
+    assert (tmp_path / "mine").read_text() == "years of work"
 
 
 def test_a_folder_that_is_missing_or_empty(tmp_path):
