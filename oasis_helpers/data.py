@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ from .layout import (
     read_png,
     slices_in,
 )
+from .subjects import Subject, load_subjects
+
+if TYPE_CHECKING:
+    from .phantoms import PhantomFactors  # scipy and more, which loading slices does not need
 
 MASK_VALUES = (0, 85, 170, 255)
 TISSUES = ("background", "CSF", "grey matter", "white matter")
@@ -83,29 +88,19 @@ class OASISDataset(Dataset):
         self.root = Path(root).expanduser()
         self.transform = transform
         self.label_path = None if label_path is None else Path(label_path).expanduser()
-        images = slices_in(self.root, "case")
-        if not images:
-            raise FileNotFoundError(
-                f"{self.root} holds no slices: no file is named like {image_name(1, 0)}. "
-                f"Give a split folder such as …/{DATASET_FOLDER}_train."
-            )
+        images = _images_in(self.root)
         self.paths = list(images.values())
         self.case_ids = [case for case, _ in images]
         self.slice_ids = [index for _, index in images]
         self.mask_paths = None
         if self.label_path is not None:
+            self.mask_paths = _masks_of(images, self.label_path)
             masks = slices_in(self.label_path, "seg")
-            if without := [key for key in images if key not in masks]:
-                raise FileNotFoundError(
-                    f"{images[without[0]]} has no mask: {self.label_path / mask_name(*without[0])} is missing"
-                    f"{_and_more(without)}. Copy it, or leave label_path out."
-                )
             if without := [key for key in masks if key not in images]:
                 raise FileNotFoundError(
                     f"{masks[without[0]]} has no image: {self.root / image_name(*without[0])} is missing"
                     f"{_and_more(without)}. Copy it, or remove the mask."
                 )
-            self.mask_paths = [masks[key] for key in images]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -131,6 +126,28 @@ def _read_mask(path: Path) -> Tensor:
     return torch.from_numpy(values // 85).long()
 
 
+def _images_in(folder: Path) -> dict[tuple[int, int], Path]:
+    """The images of a split folder by (case, slice), in numeric order; there is at least one."""
+    images = slices_in(folder, "case")
+    if not images:
+        raise FileNotFoundError(
+            f"{folder} holds no slices: no file is named like {image_name(1, 0)}. "
+            f"Give a split folder such as …/{DATASET_FOLDER}_train."
+        )
+    return images
+
+
+def _masks_of(images: dict[tuple[int, int], Path], folder: Path) -> list[Path]:
+    """The mask of each image, in the same order."""
+    masks = slices_in(folder, "seg")
+    if without := [key for key in images if key not in masks]:
+        raise FileNotFoundError(
+            f"{images[without[0]]} has no mask: {folder / mask_name(*without[0])} is missing"
+            f"{_and_more(without)}. Copy it, or do without the masks."
+        )
+    return [masks[key] for key in images]
+
+
 def _and_more(items: list) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
 
@@ -154,44 +171,95 @@ def slice_transform(image_size: int) -> transforms.Compose:
     )
 
 
+@dataclass(frozen=True)
+class Slices:
+    """The slices of one split with what belongs to each, row by row.
+
+    ``images`` uint8 (N, 1, H, W), 0–255; ``case`` and ``plane`` long (N,), the subject's id and the
+    slice's number in it; ``masks`` uint8 class ids 0–3 (N, H, W), or None if they were not asked for.
+    """
+
+    images: Tensor
+    case: Tensor
+    plane: Tensor
+    masks: Tensor | None = None
+
+
+def read_slices(
+    folder: str | Path, image_size: int, *, cases: int | None = None, masks: bool = False
+) -> Slices:
+    """The slices of a split folder in memory, with case and plane, and with ``masks`` their masks.
+
+    The rows are those of :func:`load_slices` and :func:`load_masks`. Raises as they do.
+    """
+    folder = Path(folder).expanduser()
+    wanted = _wanted(folder, cases)
+    case, plane = torch.tensor(list(wanted)).T
+    found = _classes(_masks_of(wanted, _mask_folder(folder)), image_size) if masks else None
+    return Slices(_greys(list(wanted.values()), image_size), case, plane, found)
+
+
 def load_slices(root: str | Path, image_size: int, cases: int | None = None) -> Tensor:
     """Every slice of a split folder in memory, uint8 (N, 1, image_size, image_size).
 
     Decoded and resized once, so that training reads memory and no PNG; at 64×64 the whole
     OASIS training split is 40 MB. ``cases`` keeps the first so many cases; of a set with one
     slice a case (neurite-oasis) it keeps 32 times as many, to give as many slices. See
-    :func:`to_unit_range` for the way to [−1, 1].
+    :func:`to_unit_range` for the way to [−1, 1]. Raises as :class:`OASISDataset`, and ``ValueError``
+    if ``cases`` is less than 1.
     """
-    dataset = OASISDataset(root, transform=slice_transform(image_size))
-    count = _count(dataset.case_ids, cases)
-    slices = torch.empty((count, 1, image_size, image_size), dtype=torch.uint8)
-    for i in tqdm(range(count), desc="slices", unit="slice", disable=count < 2000):
-        slices[i] = ((dataset[i] + 1) * 127.5).round().to(torch.uint8)
-    return slices
+    return _greys(list(_wanted(Path(root).expanduser(), cases).values()), image_size)
 
 
 def load_masks(label_path: str | Path, image_size: int, cases: int | None = None) -> Tensor:
-    """Every mask of a ``…_seg_…`` folder in memory, uint8 class ids (N, image_size, image_size).
+    """The masks of a ``…_seg_…`` folder in memory, uint8 class ids (N, image_size, image_size).
 
-    Cut and scaled like the slices of :func:`load_slices`; a pixel gets the class that covers most of it.
+    Row by row the masks of what :func:`load_slices` reads from the folder of the images beside it, cut
+    and scaled alike; a pixel gets the class that covers most of it. Raises ``FileNotFoundError``
+    if one of those images has no mask.
     """
-    found = slices_in(Path(label_path).expanduser(), "seg")
+    label_path = Path(label_path).expanduser()
+    wanted = _wanted(_image_folder(label_path), cases)
+    return _classes(_masks_of(wanted, label_path), image_size)
+
+
+def _mask_folder(images: Path) -> Path:
+    return images.with_name(images.name.replace(DATASET_FOLDER, f"{DATASET_FOLDER}_seg", 1))
+
+
+def _image_folder(masks: Path) -> Path:
+    if "_seg_" not in masks.name:
+        raise ValueError(f"{masks} is no folder of masks: give one such as …/{DATASET_FOLDER}_seg_train.")
+    return masks.with_name(masks.name.replace("_seg_", "_", 1))
+
+
+def _wanted(folder: Path, cases: int | None) -> dict[tuple[int, int], Path]:
+    """The images of the first ``cases`` cases by (case, slice): a split, for images and masks alike."""
+    images = _images_in(folder)
+    if cases is None:
+        return images
+    if cases < 1:
+        raise ValueError(f"cases is {cases}: give 1 or more.")
+    every = sorted({case for case, _ in images})
+    kept = set(every[: cases * PLANES if len(every) == len(images) else cases])
+    return {key: path for key, path in images.items() if key[0] in kept}
+
+
+def _greys(paths: list[Path], image_size: int) -> Tensor:
+    shrink = slice_transform(image_size)
+    slices = torch.empty((len(paths), 1, image_size, image_size), dtype=torch.uint8)
+    for i, path in enumerate(tqdm(paths, desc="slices", unit="slice", disable=len(paths) < 2000)):
+        slices[i] = ((shrink(_open_checked(path)) + 1) * 127.5).round().to(torch.uint8)
+    return slices
+
+
+def _classes(paths: list[Path], image_size: int) -> Tensor:
     shrink = transforms.Compose([transforms.CenterCrop(208), transforms.Resize(image_size, antialias=True)])
-    count = _count([case for case, _ in found], cases)
-    masks = torch.empty((count, image_size, image_size), dtype=torch.uint8)
-    for i, path in enumerate(tqdm(list(found.values())[:count], desc="masks", disable=count < 2000)):
+    masks = torch.empty((len(paths), image_size, image_size), dtype=torch.uint8)
+    for i, path in enumerate(tqdm(paths, desc="masks", unit="slice", disable=len(paths) < 2000)):
         shares = shrink(F.one_hot(_read_mask(path), len(TISSUES)).permute(2, 0, 1).float())
         masks[i] = shares.argmax(0)
     return masks
-
-
-def _count(case_ids: list[int], cases: int | None) -> int:
-    """How many slices the first ``cases`` cases have (see :func:`load_slices`)."""
-    if cases is None:
-        return len(case_ids)
-    every = sorted(set(case_ids))
-    kept = set(every[: cases * PLANES if len(every) == len(case_ids) else cases])
-    return sum(case in kept for case in case_ids)
 
 
 def to_unit_range(slices: Tensor) -> Tensor:
@@ -234,6 +302,20 @@ def find_data(root: str | Path | None = None) -> DataLocation:
     from .phantoms import make_phantoms, phantom_cache
 
     return make_phantoms(phantom_cache())
+
+
+def load_factors(location: DataLocation) -> dict[int, PhantomFactors] | dict[int, Subject] | None:
+    """What is known of each case of a data set, by case id; None if nobody wrote it down.
+
+    Of phantoms the true causes (:class:`~oasis_helpers.phantoms.PhantomFactors`, from ``phantoms.csv``),
+    of people age, sex and CDR (:class:`~oasis_helpers.subjects.Subject`, from ``subjects.csv``). Raises
+    ``ValueError`` for a table that was changed by hand into something else.
+    """
+    if location.kind == "phantoms":
+        from .phantoms import read_factors
+
+        return read_factors(location.root) or None
+    return load_subjects(location.root)
 
 
 # ---- is it whole? ---------------------------------------------------------------------------

@@ -19,8 +19,9 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from joblib import Parallel, delayed
@@ -446,18 +447,32 @@ def _make_case(
     return factors
 
 
-def _write_table(root: Path, rows: dict[int, dict]) -> None:
+def _write_factors(root: Path, rows: dict[int, PhantomFactors]) -> None:
     lines = [",".join(f.name for f in fields(PhantomFactors))]
-    lines += [",".join(str(v) for v in rows[case].values()) for case in sorted(rows)]
+    lines += [",".join(map(str, astuple(rows[case]))) for case in sorted(rows)]
     write_file(root / "phantoms.csv", ("\n".join(lines) + "\n").encode())
 
 
-def _read_table(root: Path) -> dict[int, dict]:
+def read_factors(root: Path) -> dict[int, PhantomFactors]:
+    """The factors of the finished phantoms in ``root`` by case id, from ``phantoms.csv``.
+
+    Empty if there is no such file; raises ``ValueError`` if it is not as :func:`make_phantoms` wrote it.
+    """
     path = root / "phantoms.csv"
     if not path.exists():
         return {}
+    kinds = get_type_hints(PhantomFactors)
+    found = {}
     with path.open(newline="", encoding="utf-8") as file:
-        return {int(row["case"]): row for row in csv.DictReader(file)}
+        for number, row in enumerate(csv.DictReader(file), 2):
+            try:
+                factors = PhantomFactors(**{name: kind(row[name]) for name, kind in kinds.items()})
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}, line {number} is no row of phantoms ({error}). Delete it and make them again."
+                ) from None
+            found[factors.case] = factors
+    return found
 
 
 def _claim(root: Path, plan: dict) -> None:
@@ -527,7 +542,7 @@ def make_phantoms(
     make_folders(root)
 
     wanted = [(split, FIRST_ID[split] + i) for split, count in zip(SPLITS, cases) for i in range(count)]
-    done = _read_table(root)
+    done = read_factors(root)
     missing = [
         (root, split, case, slices, seed)
         for split, case in wanted
@@ -539,8 +554,8 @@ def make_phantoms(
         workers = min(workers or os.cpu_count() or 1, len(missing))
         with tqdm(total=len(missing), desc="phantoms", unit="case", file=sys.stderr) as bar:
             for factors in _factors(missing, workers):
-                done[factors.case] = asdict(factors)
-                _write_table(root, done)
+                done[factors.case] = factors
+                _write_factors(root, done)
                 bar.update()
     return DataLocation(root, "phantoms")
 

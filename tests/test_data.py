@@ -14,11 +14,15 @@ from oasis_helpers.data import (
     OASISDataset,
     check_dataset,
     find_data,
+    load_factors,
+    load_masks,
     load_slices,
+    read_slices,
     slice_transform,
     to_unit_range,
 )
 from oasis_helpers.layout import replace_file, write_file
+from oasis_helpers.subjects import Subject
 
 SEG_TRAIN = "keras_png_slices_seg_train"
 
@@ -69,6 +73,65 @@ def test_the_memory_path_equals_the_png_path(phantoms):
     expected = torch.stack(list(dataset))
     assert float((to_unit_range(slices) - expected).abs().max()) <= 1 / 255 + 1e-6
     assert torch.equal(load_slices(phantoms.train, 64, cases=1), slices[:4])
+
+
+def test_slices_come_with_their_case_plane_and_mask(phantoms):
+    dataset = OASISDataset(phantoms.train)
+    found = read_slices(phantoms.train, 64, masks=True)
+    assert torch.equal(found.images, load_slices(phantoms.train, 64))
+    assert torch.equal(found.masks, load_masks(phantoms.root / SEG_TRAIN, 64))
+    assert (found.case.tolist(), found.plane.tolist()) == (dataset.case_ids, dataset.slice_ids)
+    assert found.case.dtype == found.plane.dtype == torch.long
+    second = read_slices(phantoms.train, 64, cases=1)
+    assert second.case.tolist() == [1, 1, 1, 1]
+    assert second.masks is None
+
+
+def test_masks_are_those_of_the_images(copy):
+    """The first case has no masks, as after a conversion without its segmentation."""
+    for path in (copy / SEG_TRAIN).glob("seg_001_*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"case_001_slice_0.*has no mask: .*seg_001_slice_0.*3 more"):
+        load_masks(copy / SEG_TRAIN, 32, cases=1)
+    for path in (copy / "keras_png_slices_train").glob("case_001_*"):
+        path.unlink()
+    assert len(load_masks(copy / SEG_TRAIN, 32)) == 4
+
+
+def test_masks_are_counted_by_the_images(copy):
+    """Masks of slices that have no image are not in the way."""
+    whole = load_masks(copy / SEG_TRAIN, 32)
+    for path in (copy / "keras_png_slices_train").glob("case_*_slice_[013].nii.png"):
+        path.unlink()
+    assert torch.equal(load_masks(copy / SEG_TRAIN, 32, cases=1), whole[[2, 6]])
+    assert read_slices(copy / "keras_png_slices_train", 32, cases=1).case.tolist() == [1, 2]
+
+
+def test_mistakes_in_what_is_asked_for(phantoms):
+    with pytest.raises(ValueError, match=r"keras_png_slices_train is no folder of masks"):
+        load_masks(phantoms.train, 32)
+    with pytest.raises(ValueError, match="cases is 0: give 1 or more"):
+        load_slices(phantoms.train, 32, cases=0)
+
+
+def test_factors_of_phantoms_and_of_people(phantoms, copy):
+    found = load_factors(phantoms)
+    assert list(found) == [1, 2, 402, 441]
+    assert found[402].split == "validate"
+    assert 0 < found[1].atrophy < 1
+    masks = load_masks(phantoms.root / SEG_TRAIN, 208, cases=1)  # unscaled
+    assert found[1].white_mm3 == int((masks == 3).sum())
+    assert load_factors(find_data(copy)) is None
+    (copy / "subjects.csv").write_text("ID,M/F,Age,CDR\nOAS1_0002_MR1,F,74,0.5\n")
+    assert load_factors(find_data(copy)) == {2: Subject(74, "F", 0.5)}
+
+
+def test_a_table_of_phantoms_changed_by_hand(copy):
+    table = copy / "phantoms.csv"
+    table.write_text(table.read_text().replace("441,test", "441,test,0.5"))
+    (copy / "phantoms.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"phantoms.csv, line 5 is no row of phantoms"):
+        load_factors(find_data(copy))
 
 
 @pytest.mark.parametrize(
@@ -298,5 +361,5 @@ def test_unknown_split(phantoms):
 
 def test_transform_cuts_only_padding(phantoms):
     image = OASISDataset(phantoms.train)[0]
-    kept = np.asarray(image)[24:232, 24:232]
-    assert kept.sum() == np.asarray(image).sum()
+    kept = slice_transform(208)(image)  # cut and not scaled
+    assert round(float((kept + 1).sum() * 127.5)) == np.asarray(image).sum()
