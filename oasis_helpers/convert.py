@@ -43,6 +43,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import joblib
 import nibabel
 import numpy as np
 from tqdm.auto import tqdm
@@ -570,7 +571,7 @@ def convert(
             cases = _streamed(archives, format, stripped, set(rows), advance, report.left_out.append)
         else:
             cases = _grouped(source, format, stripped, set(rows), advance)
-        for row, left_out, notes in _in_threads(cases, workers or os.cpu_count() or 1, root, format):
+        for row, left_out, notes in _in_threads(cases, workers or joblib.cpu_count(), root, format):
             report.left_out += left_out
             report.notes += notes
             if row:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
+import joblib
 import numpy as np
-from joblib import Parallel, delayed
 from platformdirs import user_cache_path
 from scipy import ndimage
 from tqdm.auto import tqdm
@@ -551,7 +550,7 @@ def make_phantoms(
     if missing:
         check_space(root, len(missing) * slices * 45_000, f"{len(missing)} cases")
         remove_leftovers(root)
-        workers = min(workers or os.cpu_count() or 1, len(missing))
+        workers = min(workers or joblib.cpu_count(), len(missing))
         with tqdm(total=len(missing), desc="phantoms", unit="case", file=sys.stderr) as bar:
             for factors in _factors(missing, workers):
                 done[factors.case] = factors
@@ -563,7 +562,9 @@ def make_phantoms(
 def _factors(jobs: list[tuple], workers: int) -> Iterator[PhantomFactors]:
     # joblib's processes need no main guard in the caller's script, and share the template by memory map.
     template = _load_template()
-    yield from Parallel(workers, return_as="generator")(delayed(_make_case)(template, *job) for job in jobs)
+    yield from joblib.Parallel(workers, return_as="generator")(
+        joblib.delayed(_make_case)(template, *job) for job in jobs
+    )
 
 
 # ---- something to find ------------------------------------------------------------------------
