@@ -1,7 +1,7 @@
 """Names, folders and files of the OASIS course set, for whoever writes or reads one.
 
-Apart from :mod:`.data`, because those who write one need no torch: it would cost each process
-seconds and half a gigabyte.
+Apart from :mod:`.data`, because those who write or check one need no torch: it would cost each
+process seconds and half a gigabyte.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ SPLITS = ("train", "validate", "test")
 SIDE = 256
 PLANES = 32  # slices of a case, inferior to superior, 1 mm apart
 ROWS, COLS = 176, 208  # the T88 plane inside the padding: left–right and posterior–anterior
+MASK_VALUES = (0, 85, 170, 255)
+TISSUES = ("background", "CSF", "grey matter", "white matter")
 _NAME = re.compile(r"^(case|seg)_(\d+)_slice_(\d+)(?:\.nii)?\.png$", re.IGNORECASE)
 
 
@@ -199,3 +201,25 @@ class DataLocation:
             if self.folder(split).is_dir()
         )
         return f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}, {cases} cases"
+
+
+def locate(root: Path) -> DataLocation:
+    """The data set in ``root``, in the extra folder (or doubled folder) inside it, or around a split folder.
+
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` if there is none.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist. Give the folder that holds {DATASET_FOLDER}_train.")
+    if root.is_file():
+        hint = "Unpack it and give the folder." if root.suffix == ".zip" else "Give a folder."
+        raise NotADirectoryError(f"{root} is a file. {hint}")
+    candidate = root.parent if root.name.startswith(f"{DATASET_FOLDER}_") else root
+    for _ in range(3):
+        if (candidate / f"{DATASET_FOLDER}_train").is_dir():
+            is_phantom = (candidate / "phantoms.json").exists()
+            return DataLocation(candidate, "phantoms" if is_phantom else "oasis")
+        candidate = candidate / f"{DATASET_FOLDER}_data"
+    raise FileNotFoundError(
+        f"{root} holds no folder {DATASET_FOLDER}_train (nor does a {DATASET_FOLDER}_data in it). "
+        "Point to the unpacked course archive, or leave OASIS_ROOT unset to use phantoms."
+    )

@@ -32,9 +32,9 @@ from test_malformed import (
     write_zip,
 )
 
-from oasis_helpers.archives import ArchiveDamaged, ArchiveRefused
-from oasis_helpers.convert import convert
-from oasis_helpers.subjects import read_subjects
+from oasis_helpers.intake.archives import ArchiveDamaged, ArchiveRefused
+from oasis_helpers.intake.convert import convert
+from oasis_helpers.intake.subjects import read_subjects
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "3000"))
 SECONDS = 20

@@ -21,8 +21,8 @@ from oasis_helpers.data import (
     slice_transform,
     to_unit_range,
 )
-from oasis_helpers.layout import replace_file, write_file
-from oasis_helpers.subjects import Subject
+from oasis_helpers.intake.subjects import Subject
+from oasis_helpers.layout import SPLITS, image_name, replace_file, write_file
 
 SEG_TRAIN = "keras_png_slices_seg_train"
 
@@ -50,7 +50,7 @@ def test_order_is_numeric(tmp_path):
     folder = tmp_path / "keras_png_slices_train"
     folder.mkdir()
     for case, index in [(10, 2), (2, 10), (2, 9), (100, 0), (2, 1)]:
-        Image.new("L", (256, 256), 7).save(folder / data.image_name(case, index))
+        Image.new("L", (256, 256), 7).save(folder / image_name(case, index))
     (folder / "notes.txt").write_text("not a slice")
     dataset = OASISDataset(folder)
     assert list(zip(dataset.case_ids, dataset.slice_ids)) == [(2, 1), (2, 9), (2, 10), (10, 2), (100, 0)]
@@ -156,7 +156,7 @@ def test_real_data_is_called_oasis(copy):
 
 
 def test_find_data_makes_phantoms_when_nothing_is_named(monkeypatch, phantoms):
-    from oasis_helpers import phantoms as module
+    from oasis_helpers.intake import phantoms as module
 
     asked = []
     monkeypatch.delenv("OASIS_ROOT", raising=False)
@@ -350,7 +350,7 @@ def test_the_shipped_checksums_cover_the_course_set():
 
     with (Path(data.__file__).parent / "oasis_png_cases.csv").open() as file:
         rows = list(csv.DictReader(file))
-    counts = {s: sum(r["split"] == s for r in rows) for s in data.SPLITS}
+    counts = {s: sum(r["split"] == s for r in rows) for s in SPLITS}
     assert counts == {"train": 302, "validate": 35, "test": 17}
 
 

@@ -26,8 +26,8 @@ from oasis_like import (
 from PIL import Image
 
 from oasis_helpers.__main__ import main
-from oasis_helpers.archives import ArchiveDamaged, ArchiveRefused, members
-from oasis_helpers.convert import T88, convert
+from oasis_helpers.intake.archives import ArchiveDamaged, ArchiveRefused, members
+from oasis_helpers.intake.convert import T88, convert
 
 CASE = course_files({1: "train"})
 PNG = "keras_png_slices_data/keras_png_slices_train/case_001_slice_4.nii.png"

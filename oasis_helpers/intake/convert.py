@@ -48,8 +48,7 @@ import nibabel
 import numpy as np
 from tqdm.auto import tqdm
 
-from .archives import ArchiveDamaged, ArchiveRefused, Member, kind_of, members
-from .layout import (
+from ..layout import (
     COLS,
     DATASET_FOLDER,
     PLANES,
@@ -69,6 +68,7 @@ from .layout import (
     remove_leftovers,
     write_file,
 )
+from .archives import ArchiveDamaged, ArchiveRefused, Member, kind_of, members
 from .subjects import read_subjects, write_subjects
 
 FORMATS = ("course", "oasis1", "neurite")

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .layout import write_file
+from ..layout import write_file
 
 FILE = "subjects.csv"
 COLUMNS = ("ID", "M/F", "Age", "CDR")

@@ -28,7 +28,7 @@ from platformdirs import user_cache_path
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from .layout import (
+from ..layout import (
     COLS,
     DATASET_FOLDER,
     PLANES,
