@@ -32,7 +32,7 @@ phantoms: $(READY) ## make the default phantom set (once, about a minute)
 	@$(PY) -m oasis_helpers phantoms
 
 lab: phantoms ## open the series in JupyterLab; PORT=8889 for another port, HEADLESS=1 for no browser
-	OMP_NUM_THREADS=$$(nproc 2>/dev/null || echo 2) $(PY) -m jupyter lab --port=$(PORT) $(if $(HEADLESS),--no-browser) \
+	OMP_NUM_THREADS=$$($(PY) -c 'import joblib; print(joblib.cpu_count())') $(PY) -m jupyter lab --port=$(PORT) $(if $(HEADLESS),--no-browser) \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) \
 	  notebooks/01_data_exploration.ipynb
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -141,7 +140,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fresh", action="store_true", help="forget the runs that are stored")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="runs at the same time")
     args = parser.parse_args()
     judge, result = Judge(), {}
     if RESULT.exists() and not args.fresh:
@@ -159,7 +158,7 @@ def main() -> None:
         runs[name] = found
         print(f"{len(runs)}/{len(wanted)} {name}: {found}", flush=True)
         result = {
-            "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+            "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
             "setting": f"KID of {SAMPLES} samples, {SAMPLING_STEPS} DDIM steps, {len(SEEDS)} seeds",
             "base": BASE.settings(),
             "floor": judge.distance(to_unit_range(judge.at(32)[0][::4]), 32),

@@ -9,7 +9,6 @@ ratios to the first in the same run.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import joblib
 import torch
 from measure import measured
 from torch.utils.data import DataLoader
@@ -88,7 +88,7 @@ def main() -> None:
     first = next(iter(loading.values()))
     for name, value in loading.items():
         print(f"{name + ', images/s':<55} {value:10.0f}   ×{value / first:.1f}")
-    machine = f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
+    machine = f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
     result = {"machine": machine, "phantoms": phantoms, "loading, images/s": loading}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

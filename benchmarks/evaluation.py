@@ -15,6 +15,7 @@ import platform
 import sys
 from pathlib import Path
 
+import joblib
 import torch
 from samplers import draw
 
@@ -56,7 +57,7 @@ def losses(learned: torch.Tensor, held_out: torch.Tensor) -> dict[str, list[floa
 
 
 def main() -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", joblib.cpu_count())))
     location, out = find_data(sys.argv[1]), Path(sys.argv[2])
     segmenter, size = load_segmenter(), PROFILES["laptop"].objective.image_size
     slices = load_slices(location.train, size)
@@ -74,7 +75,7 @@ def main() -> None:
             )
             PICTURE.write_bytes(plots.png(figure, dpi=90))
     result = {
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": setting,
         "rows": rows | ends,
         "loss by t": losses(slices, load_slices(location.validate, size)),

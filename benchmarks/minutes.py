@@ -11,12 +11,12 @@ that ship are those of the longest run.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
 from pathlib import Path
 
+import joblib
 import torch
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ MINUTES, SAMPLES, SAMPLING_STEPS = (1, 2, 5, 60), 128, 20
 
 def steps_per_second(slices: torch.Tensor, count: int = 60) -> float:
     """Speed of the laptop profile on all cores."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(joblib.cpu_count())
     for state in train(PROFILES["laptop"].replace(steps=count + 5), slices, device="cpu"):
         if state.step == 5:
             started = time.perf_counter()
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"{minutes} minutes: {runs[str(minutes)]}", flush=True)
         pictures += list(samples[:8])
     result = {
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"laptop profile, 302 phantom cases; KID of {SAMPLES} samples "
         f"({SAMPLING_STEPS} DPM-Solver++ steps) and 35 held-out cases",
         "steps per second": speed,

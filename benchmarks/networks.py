@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+import joblib
+
 RESULT = Path(__file__).with_name("networks.json")
 BATCH, SIZE = 16, 64
 PRECISIONS = ("fp32", "bf16")
@@ -148,9 +150,9 @@ def main() -> None:
 
     import torch
 
-    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    threads = os.environ.get("OMP_NUM_THREADS", str(joblib.cpu_count()))
     result = {
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "threads": threads,
         "setting": f"batch {BATCH}, {SIZE}×{SIZE}, {args.rounds} rounds, median",
         "parameters": counts,

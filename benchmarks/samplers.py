@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import joblib
 import torch
 
 from oasis_helpers.data import find_data
@@ -73,7 +74,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    threads = int(os.environ.get("OMP_NUM_THREADS", joblib.cpu_count()))
     torch.set_num_threads(threads)
     location, segmenter = find_data(sys.argv[1]), load_segmenter()
     real, unseen = (load_split(folder, segmenter) for folder in (location.validate, location.test))
@@ -84,7 +85,7 @@ def main() -> None:
         result = {"rows": []}  # of other weights
     result |= {
         "trained steps": steps,
-        "machine": f"{threads} of {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{threads} of {joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"{SAMPLES} samples of {WEIGHTS.name} (half of it for 1,000 steps), bf16; "
         f"{len(set(real.cases))} heads",
         "seconds per call": seconds_per_call(denoise),

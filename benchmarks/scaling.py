@@ -9,7 +9,6 @@ process with its children; beside it the bytes of the slices alone.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import joblib
 from measure import measured
 
 RESULT = Path(__file__).with_name("scaling.json")
@@ -38,7 +38,7 @@ def train_some(image_size: int, batch_size: int, slices: int, processes: int, ou
 
     from oasis_helpers.training import PROFILES, train
 
-    torch.set_num_threads(max(os.cpu_count() // processes, 1))
+    torch.set_num_threads(max(joblib.cpu_count() // processes, 1))
     data = torch.randint(0, 256, (slices, 1, image_size, image_size), dtype=torch.uint8)
     config = PROFILES["laptop"].replace(
         image_size=image_size, batch_size=batch_size, precision="fp32", steps=WARM_UP + STEPS
@@ -88,7 +88,7 @@ def main() -> None:
 
     usual = one(USUAL)
     result = {
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"laptop profile, fp32, all cores, median of {STEPS} steps; else {USUAL}",
     }
     for name, values in VARIED.items():

@@ -8,12 +8,12 @@ the figures beside this file.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
 from pathlib import Path
 
+import joblib
 import torch
 from tqdm import tqdm
 
@@ -31,12 +31,12 @@ def split(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(joblib.cpu_count())
     root, started = Path(sys.argv[1]), time.perf_counter()
     *_, state = tqdm(train_segmenter(*split(root, "train"), steps=STEPS), total=STEPS)
     model = state.model
     result = {
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"{STEPS} steps of 16 slices, bf16 autocast, seed 0",
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "last loss": state.loss,

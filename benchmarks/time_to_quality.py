@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import time
@@ -72,7 +71,7 @@ def fresh(name: str, width: int, seed: int) -> nn.Module:
 
 def steps_per_second(name: str, width: int, slices: torch.Tensor, count: int = 15) -> float:
     """Speed of training on all cores, with nothing beside it."""
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(joblib.cpu_count())
     for state in train(CONFIG.replace(steps=count + 3), slices, model=fresh(name, width, 0), device="cpu"):
         if state.step == 3:
             started = time.perf_counter()
@@ -141,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", help="folder of the large phantom set")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="runs at the same time")
     args = parser.parse_args()
     ours = parameters(NETWORKS["oasis_helpers"](CONFIG.base_channels))
     widths = {name: width_near(name, ours) for name in NETWORKS}
@@ -153,7 +152,7 @@ def main() -> None:
     speeds, runs = result["steps per second"], result["runs"]
     result |= {
         "floor": floor(args.root),
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
         "setting": f"{args.minutes:g} minutes each, laptop profile's loop, {len(SEEDS)} seeds, "
         f"{SAMPLES} samples of {SAMPLING_STEPS} DPM-Solver++ steps",
         "parameters": {name: parameters(NETWORKS[name](width)) for name, width in widths.items()},

@@ -14,18 +14,19 @@ from tqdm import tqdm
 
 
 def _phantoms(args: argparse.Namespace) -> int:
-    from .phantoms import make_phantoms, phantom_cache
+    from .intake.phantoms import make_phantoms, phantom_cache
 
-    if args.out is None:
-        location = make_phantoms(phantom_cache(), workers=args.workers)
-    else:
-        location = make_phantoms(args.out, tuple(args.cases), args.slices, args.seed, args.workers)
+    own = {key: getattr(args, key) for key in ("cases", "slices", "seed") if key in args}
+    if args.out is None and own:
+        named = ", ".join(f"--{key}" for key in own)
+        raise ValueError(f"{named}: the default set has its own. Give a folder OUT for a set of yours.")
+    location = make_phantoms(args.out or phantom_cache(), workers=args.workers, **own)
     print(f"{location} in {location.root}")
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .convert import convert
+    from .intake.convert import convert
 
     report = convert(
         args.source, args.out, args.format, stripped=args.stripped, subjects=args.subjects,
@@ -36,7 +37,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from .data import check_dataset
+    from .intake.check import check_dataset
 
     report = check_dataset(args.root)
     print(report)
@@ -155,9 +156,10 @@ def _parser() -> argparse.ArgumentParser:
         "phantoms", help="make phantom subjects in the layout of the OASIS course set", **show
     )
     p.add_argument("out", nargs="?", help="new folder (without it: the default set, in the cache)")
-    p.add_argument("--cases", nargs=3, type=int, default=(36, 6, 6), metavar=("TRAIN", "VALIDATE", "TEST"))
-    p.add_argument("--slices", type=int, default=32, help="planes per case, 1 to 32")
-    p.add_argument("--seed", type=int, default=0)
+    own = {"type": int, "default": argparse.SUPPRESS}
+    p.add_argument("--cases", nargs=3, metavar=("TRAIN", "VALIDATE", "TEST"), help="(default: 36 6 6)", **own)
+    p.add_argument("--slices", help="planes per case, 1 to 32 (default: 32)", **own)
+    p.add_argument("--seed", help="another seed, other subjects (default: 0)", **own)
     p.add_argument("--workers", type=int, help="processes (default: one per CPU)")
     p.set_defaults(run=_phantoms)
 

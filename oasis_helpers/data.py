@@ -1,4 +1,4 @@
-"""The slices: where they are, whether they are whole, and how a training loop gets them.
+"""The slices: where they are, and how a training loop gets them.
 
 The layout is that of the OASIS course set: six folders ``keras_png_slices_{train,validate,
 test}`` and ``keras_png_slices_seg_{…}`` with ``case_NNN_slice_K.nii.png`` and
@@ -8,13 +8,11 @@ Neurosci. 19(9):1498–1507.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,42 +23,60 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from tqdm.auto import tqdm
 
+from .intake.check import DatasetReport, check_dataset
+from .intake.subjects import Subject, load_subjects
 from .layout import (
     DATASET_FOLDER,
+    MASK_VALUES,
     PLANES,
-    SIDE,
-    SPLITS,
+    TISSUES,
     DataLocation,
-    course_cases,
+    WrongMode,
+    WrongSize,
     image_name,
+    locate,
     mask_name,
+    read_png,
     slices_in,
 )
 
-MASK_VALUES = (0, 85, 170, 255)
-TISSUES = ("background", "CSF", "grey matter", "white matter")
+if TYPE_CHECKING:
+    from .intake.phantoms import PhantomFactors  # scipy and more, which loading slices does not need
+
+__all__ = [
+    "MASK_VALUES",
+    "TISSUES",
+    "DataLocation",
+    "DatasetReport",
+    "OASISDataset",
+    "Slices",
+    "check_dataset",
+    "find_data",
+    "load_factors",
+    "load_masks",
+    "load_slices",
+    "read_slices",
+    "slice_transform",
+    "to_unit_range",
+]
 
 
 def _open_checked(path: Path) -> Image.Image:
     """The PNG at ``path``, decoded, if it is what the course set holds; else one clear line."""
     try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return read_png(path)
+    except WrongMode as error:
+        raise ValueError(
+            f"{path} has {error}. Convert it with PIL's image.convert('L'), or copy the original again."
+        ) from None
+    except WrongSize as error:
+        raise ValueError(
+            f"{path} is {error}. Use the original file: resizing belongs in the transform."
+        ) from None
+    except OSError as error:
         raise OSError(
             f"{path} cannot be read as a PNG ({error}). It is damaged or incomplete: copy or make it again."
-        ) from error
-    if image.mode != "L":
-        raise ValueError(
-            f"{path} has mode {image.mode}; slices are 8-bit greyscale (mode L). "
-            "Convert it with PIL's image.convert('L'), or copy the original again."
-        )
-    if image.size != (SIDE, SIDE):
-        raise ValueError(
-            f"{path} is {image.size[0]}×{image.size[1]} pixels; slices are {SIDE}×{SIDE}. "
-            "Use the original file: resizing belongs in the transform."
-        )
-    return image
+        ) from None
 
 
 class OASISDataset(Dataset):
@@ -85,29 +101,19 @@ class OASISDataset(Dataset):
         self.root = Path(root).expanduser()
         self.transform = transform
         self.label_path = None if label_path is None else Path(label_path).expanduser()
-        images = slices_in(self.root, "case")
-        if not images:
-            raise FileNotFoundError(
-                f"{self.root} holds no slices: no file is named like {image_name(1, 0)}. "
-                f"Give a split folder such as …/{DATASET_FOLDER}_train."
-            )
+        images = _images_in(self.root)
         self.paths = list(images.values())
         self.case_ids = [case for case, _ in images]
         self.slice_ids = [index for _, index in images]
         self.mask_paths = None
         if self.label_path is not None:
+            self.mask_paths = _masks_of(images, self.label_path)
             masks = slices_in(self.label_path, "seg")
-            if without := [key for key in images if key not in masks]:
-                raise FileNotFoundError(
-                    f"{images[without[0]]} has no mask: {self.label_path / mask_name(*without[0])} is missing"
-                    f"{_and_more(without)}. Copy it, or leave label_path out."
-                )
             if without := [key for key in masks if key not in images]:
                 raise FileNotFoundError(
                     f"{masks[without[0]]} has no image: {self.root / image_name(*without[0])} is missing"
                     f"{_and_more(without)}. Copy it, or remove the mask."
                 )
-            self.mask_paths = [masks[key] for key in images]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -133,6 +139,28 @@ def _read_mask(path: Path) -> Tensor:
     return torch.from_numpy(values // 85).long()
 
 
+def _images_in(folder: Path) -> dict[tuple[int, int], Path]:
+    """The images of a split folder by (case, slice), in numeric order; there is at least one."""
+    images = slices_in(folder, "case")
+    if not images:
+        raise FileNotFoundError(
+            f"{folder} holds no slices: no file is named like {image_name(1, 0)}. "
+            f"Give a split folder such as …/{DATASET_FOLDER}_train."
+        )
+    return images
+
+
+def _masks_of(images: dict[tuple[int, int], Path], folder: Path) -> list[Path]:
+    """The mask of each image, in the same order."""
+    masks = slices_in(folder, "seg")
+    if without := [key for key in images if key not in masks]:
+        raise FileNotFoundError(
+            f"{images[without[0]]} has no mask: {folder / mask_name(*without[0])} is missing"
+            f"{_and_more(without)}. Copy it, or do without the masks."
+        )
+    return [masks[key] for key in images]
+
+
 def _and_more(items: list) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
 
@@ -156,44 +184,95 @@ def slice_transform(image_size: int) -> transforms.Compose:
     )
 
 
+@dataclass(frozen=True)
+class Slices:
+    """The slices of one split with what belongs to each, row by row.
+
+    ``images`` uint8 (N, 1, H, W), 0–255; ``case`` and ``plane`` long (N,), the subject's id and the
+    slice's number in it; ``masks`` uint8 class ids 0–3 (N, H, W), or None if they were not asked for.
+    """
+
+    images: Tensor
+    case: Tensor
+    plane: Tensor
+    masks: Tensor | None = None
+
+
+def read_slices(
+    folder: str | Path, image_size: int, *, cases: int | None = None, masks: bool = False
+) -> Slices:
+    """The slices of a split folder in memory, with case and plane, and with ``masks`` their masks.
+
+    The rows are those of :func:`load_slices` and :func:`load_masks`. Raises as they do.
+    """
+    folder = Path(folder).expanduser()
+    wanted = _wanted(folder, cases)
+    case, plane = torch.tensor(list(wanted)).T
+    found = _classes(_masks_of(wanted, _mask_folder(folder)), image_size) if masks else None
+    return Slices(_greys(list(wanted.values()), image_size), case, plane, found)
+
+
 def load_slices(root: str | Path, image_size: int, cases: int | None = None) -> Tensor:
     """Every slice of a split folder in memory, uint8 (N, 1, image_size, image_size).
 
     Decoded and resized once, so that training reads memory and no PNG; at 64×64 the whole
     OASIS training split is 40 MB. ``cases`` keeps the first so many cases; of a set with one
     slice a case (neurite-oasis) it keeps 32 times as many, to give as many slices. See
-    :func:`to_unit_range` for the way to [−1, 1].
+    :func:`to_unit_range` for the way to [−1, 1]. Raises as :class:`OASISDataset`, and ``ValueError``
+    if ``cases`` is less than 1.
     """
-    dataset = OASISDataset(root, transform=slice_transform(image_size))
-    count = _count(dataset.case_ids, cases)
-    slices = torch.empty((count, 1, image_size, image_size), dtype=torch.uint8)
-    for i in tqdm(range(count), desc="slices", unit="slice", disable=count < 2000):
-        slices[i] = ((dataset[i] + 1) * 127.5).round().to(torch.uint8)
-    return slices
+    return _greys(list(_wanted(Path(root).expanduser(), cases).values()), image_size)
 
 
 def load_masks(label_path: str | Path, image_size: int, cases: int | None = None) -> Tensor:
-    """Every mask of a ``…_seg_…`` folder in memory, uint8 class ids (N, image_size, image_size).
+    """The masks of a ``…_seg_…`` folder in memory, uint8 class ids (N, image_size, image_size).
 
-    Cut and scaled like the slices of :func:`load_slices`; a pixel gets the class that covers most of it.
+    Row by row the masks of what :func:`load_slices` reads from the folder of the images beside it, cut
+    and scaled alike; a pixel gets the class that covers most of it. Raises ``FileNotFoundError``
+    if one of those images has no mask.
     """
-    found = slices_in(Path(label_path).expanduser(), "seg")
+    label_path = Path(label_path).expanduser()
+    wanted = _wanted(_image_folder(label_path), cases)
+    return _classes(_masks_of(wanted, label_path), image_size)
+
+
+def _mask_folder(images: Path) -> Path:
+    return images.with_name(images.name.replace(DATASET_FOLDER, f"{DATASET_FOLDER}_seg", 1))
+
+
+def _image_folder(masks: Path) -> Path:
+    if "_seg_" not in masks.name:
+        raise ValueError(f"{masks} is no folder of masks: give one such as …/{DATASET_FOLDER}_seg_train.")
+    return masks.with_name(masks.name.replace("_seg_", "_", 1))
+
+
+def _wanted(folder: Path, cases: int | None) -> dict[tuple[int, int], Path]:
+    """The images of the first ``cases`` cases by (case, slice): a split, for images and masks alike."""
+    images = _images_in(folder)
+    if cases is None:
+        return images
+    if cases < 1:
+        raise ValueError(f"cases is {cases}: give 1 or more.")
+    every = sorted({case for case, _ in images})
+    kept = set(every[: cases * PLANES if len(every) == len(images) else cases])
+    return {key: path for key, path in images.items() if key[0] in kept}
+
+
+def _greys(paths: list[Path], image_size: int) -> Tensor:
+    shrink = slice_transform(image_size)
+    slices = torch.empty((len(paths), 1, image_size, image_size), dtype=torch.uint8)
+    for i, path in enumerate(tqdm(paths, desc="slices", unit="slice", disable=len(paths) < 2000)):
+        slices[i] = ((shrink(_open_checked(path)) + 1) * 127.5).round().to(torch.uint8)
+    return slices
+
+
+def _classes(paths: list[Path], image_size: int) -> Tensor:
     shrink = transforms.Compose([transforms.CenterCrop(208), transforms.Resize(image_size, antialias=True)])
-    count = _count([case for case, _ in found], cases)
-    masks = torch.empty((count, image_size, image_size), dtype=torch.uint8)
-    for i, path in enumerate(tqdm(list(found.values())[:count], desc="masks", disable=count < 2000)):
+    masks = torch.empty((len(paths), image_size, image_size), dtype=torch.uint8)
+    for i, path in enumerate(tqdm(paths, desc="masks", unit="slice", disable=len(paths) < 2000)):
         shares = shrink(F.one_hot(_read_mask(path), len(TISSUES)).permute(2, 0, 1).float())
         masks[i] = shares.argmax(0)
     return masks
-
-
-def _count(case_ids: list[int], cases: int | None) -> int:
-    """How many slices the first ``cases`` cases have (see :func:`load_slices`)."""
-    if cases is None:
-        return len(case_ids)
-    every = sorted(set(case_ids))
-    kept = set(every[: cases * PLANES if len(every) == len(case_ids) else cases])
-    return sum(case in kept for case in case_ids)
 
 
 def to_unit_range(slices: Tensor) -> Tensor:
@@ -202,25 +281,6 @@ def to_unit_range(slices: Tensor) -> Tensor:
 
 
 # ---- where the data is ----------------------------------------------------------------------
-
-
-def _locate(root: Path) -> DataLocation:
-    """The data set in ``root``, or in one folder (or doubled folder) inside it."""
-    if not root.exists():
-        raise FileNotFoundError(f"{root} does not exist. Give the folder that holds {DATASET_FOLDER}_train.")
-    if root.is_file():
-        hint = "Unpack it and give the folder." if root.suffix == ".zip" else "Give a folder."
-        raise NotADirectoryError(f"{root} is a file. {hint}")
-    candidate = root.parent if root.name.startswith(f"{DATASET_FOLDER}_") else root
-    for _ in range(3):
-        if (candidate / f"{DATASET_FOLDER}_train").is_dir():
-            is_phantom = (candidate / "phantoms.json").exists()
-            return DataLocation(candidate, "phantoms" if is_phantom else "oasis")
-        candidate = candidate / f"{DATASET_FOLDER}_data"
-    raise FileNotFoundError(
-        f"{root} holds no folder {DATASET_FOLDER}_train (nor does a {DATASET_FOLDER}_data in it). "
-        "Point to the unpacked course archive, or leave OASIS_ROOT unset to use phantoms."
-    )
 
 
 def find_data(root: str | Path | None = None) -> DataLocation:
@@ -232,219 +292,21 @@ def find_data(root: str | Path | None = None) -> DataLocation:
     """
     chosen = root or os.environ.get("OASIS_ROOT")
     if chosen:
-        return _locate(Path(chosen).expanduser())
-    from .phantoms import make_phantoms, phantom_cache
+        return locate(Path(chosen).expanduser())
+    from .intake.phantoms import make_phantoms, phantom_cache
 
     return make_phantoms(phantom_cache())
 
 
-# ---- is it whole? ---------------------------------------------------------------------------
+def load_factors(location: DataLocation) -> dict[int, PhantomFactors] | dict[int, Subject] | None:
+    """What is known of each case of a data set, by case id; None if nobody wrote it down.
 
-
-@dataclass
-class DatasetReport:
-    """What :func:`check_dataset` found. ``ok`` is True when nothing is wrong.
-
-    ``counts``: split → (slices, cases). ``checksums``: "unmodified" when every whole case equals
-    the course set's (or, for a converted set, what was converted); "re-encoded" when every
-    case differs in its bytes and every slice looks right; "altered" when only some differ, with
-    their ids in ``altered``; "incomplete" when no case is whole; "not OASIS" for phantoms.
+    Of phantoms the true causes (:class:`~.intake.phantoms.PhantomFactors`, from ``phantoms.csv``), of
+    people age, sex and CDR (:class:`~.intake.subjects.Subject`, from ``subjects.csv``). Raises
+    ``ValueError`` for a table that was changed by hand into something else.
     """
-
-    root: Path
-    kind: str
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    corrupt: list[str] = field(default_factory=list)
-    wrong_mode: list[str] = field(default_factory=list)
-    wrong_size: list[str] = field(default_factory=list)
-    leaks: list[str] = field(default_factory=list)
-    odd: list[str] = field(default_factory=list)
-    checksums: str = "not OASIS"
-    altered: list[int] = field(default_factory=list)
-
-    @property
-    def problems(self) -> dict[str, list[str]]:
-        """Kind of problem → what is wrong and what to do, without the empty kinds."""
-        kinds = {
-            "missing": self.missing,
-            "corrupt": self.corrupt,
-            "wrong mode": self.wrong_mode,
-            "wrong size": self.wrong_size,
-            "split leakage": self.leaks,
-            "odd pixels": self.odd,
-        }
-        return {kind: lines for kind, lines in kinds.items() if lines}
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems and self.checksums != "altered"
-
-    def __str__(self) -> str:
-        lines = [f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}: {'ok' if self.ok else 'PROBLEMS'}"]
-        lines += [f"  {s:<9} {n:>6,} slices {c:>4} cases" for s, (n, c) in self.counts.items()]
-        for kind, found in self.problems.items():
-            lines.append(f"  {kind}: {len(found)}")
-            lines += [f"    {line}" for line in found[:5]]
-            if len(found) > 5:
-                lines.append(f"    … and {len(found) - 5} more")
-        lines.append(f"  checksums: {self._verdict}")
-        return "\n".join(lines)
-
-    @property
-    def _verdict(self) -> str:
-        if self.checksums == "altered":
-            return f"altered: cases {_first(self.altered)}"
-        if self.kind != "oasis":
-            return self.checksums
-        words = {
-            "unmodified": "complete and unmodified",
-            "incomplete": "no case is whole, so nothing could be compared",
-            "re-encoded": "complete, re-encoded (all bytes differ, all slices look right)",
-        }[self.checksums]
-        return (
-            words
-            if self.ok
-            else words.replace("complete and", "what is there is").replace("complete,", "what is there is")
-        )
-
-
-def _first(cases: list[int]) -> str:
-    return ", ".join(map(str, cases[:8])) + (f" … ({len(cases)} in all)" if len(cases) > 8 else "")
-
-
-def check_dataset(root: str | Path) -> DatasetReport:
-    """Read every file of a data set and report what is wrong with it.
-
-    Looks for missing folders, slices and partners, PNGs that do not decode, a mode other than
-    L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each
-    case of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``,
-    each case of a converted set with what was converted. Raises as :func:`find_data` if
-    there is no data set at ``root``.
-    """
-    location = _locate(Path(root).expanduser())
-    report = DatasetReport(location.root, location.kind)
-    known = _known_cases(location)
-    cases_of: dict[int, list[str]] = defaultdict(list)
-    digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
-    jobs = []
-    for split in SPLITS:
-        found = {}
-        for prefix, masks in (("case", False), ("seg", True)):
-            folder = location.folder(split, masks)
-            if not folder.is_dir():
-                report.missing.append(f"folder {folder.name}: unpack the archive again")
-                found[prefix] = {}
-            else:
-                found[prefix] = slices_in(folder, prefix)
-        images, masks = found["case"], found["seg"]
-        per_case = Counter(case for case, _ in images)
-        report.counts[split] = (len(images), len(per_case))
-        for case in per_case:
-            cases_of[case].append(split)
-        seg_folder = f"{DATASET_FOLDER}_seg_{split}"
-        folder = f"{DATASET_FOLDER}_{split}"
-        if location.folder(split, masks=True).is_dir():
-            report.missing += [
-                f"{seg_folder}/{mask_name(*k)}: the mask of a slice that is there"
-                for k in images
-                if k not in masks
-            ]
-        if location.folder(split).is_dir():
-            report.missing += [
-                f"{folder}/{image_name(*k)}: the image of a mask that is there"
-                for k in masks
-                if k not in images
-            ]
-        expected = max(per_case.values(), default=0)
-        if known:
-            expected = max(expected, *(slices for slices, _ in known.values()))
-        for case, number in per_case.items():
-            have = {index for c, index in images if c == case}
-            if number < expected or max(have) >= expected:
-                gone = [
-                    i for i in range(max(expected, max(have) + 1)) if i not in have and (case, i) not in masks
-                ]
-                report.missing += [f"{folder}/{image_name(case, i)}: a gap in the case" for i in gone]
-        jobs += [(prefix, key, path) for prefix in found for key, path in found[prefix].items()]
-    for case, splits in sorted(cases_of.items()):
-        if len(splits) > 1:
-            report.leaks.append(f"case {case:03d} is in {' and '.join(splits)}: keep it in one split")
-
-    for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 5000):
-        _check_file(path, report, prefix, like_course=known is not None)
-        if known is not None:
-            digests[case][prefix].append(hashlib.sha256(path.read_bytes()).hexdigest())
-    if known is not None:
-        _compare_checksums(digests, known, report)
-    return report
-
-
-def _check_file(path: Path, report: DatasetReport, prefix: str, like_course: bool) -> None:
-    name = f"{path.parent.name}/{path.name}"
-    try:
-        with Image.open(path) as image:
-            mode, size = image.mode, image.size
-            if size == (SIDE, SIDE):  # another size is wrong anyway, and may be a bomb
-                image.load()
-                pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        report.corrupt.append(f"{name}: {str(error).replace(str(path), path.name)}; copy it again")
-        return
-    if mode != "L":
-        report.wrong_mode.append(f"{name}: mode {mode}, should be L (8-bit greyscale)")
-    if size != (SIDE, SIDE):
-        report.wrong_size.append(f"{name}: {size[0]}×{size[1]}, should be {SIDE}×{SIDE}")
-    if mode != "L" or size != (SIDE, SIDE):
-        return
-    if prefix == "seg" and not np.isin(pixels, MASK_VALUES).all():
-        report.odd.append(f"{name}: values other than {', '.join(map(str, MASK_VALUES))}; copy it again")
-    if like_course and prefix == "case" and pixels.max() != 255:
-        report.odd.append(f"{name}: its maximum is {pixels.max()}, should be 255; copy it again")
-    border = pixels.copy()
-    border[40:-40, 24:-24] = 0
-    if like_course and border.any():
-        report.odd.append(f"{name}: something outside the middle 176×208 pixels; copy it again")
-
-
-def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]]] | None:
-    """Number of slices and digests that each case should have; None if nobody knows them."""
     if location.kind == "phantoms":
-        return None
-    plan = location.root / "conversion.json"
-    if not plan.exists() or json.loads(plan.read_text(encoding="utf-8"))["format"] == "course":
-        return {
-            case: (int(row["slices"]), (row["images_sha256"], row["masks_sha256"]))
-            for case, row in course_cases().items()
-        }
-    from .convert import read_rows  # it needs nibabel, and few need it
+        from .intake.phantoms import read_factors
 
-    return {case: (row.images, (row.sha256,)) for case, row in read_rows(location.root).items()}
-
-
-def _compare_checksums(
-    digests: dict[int, dict[str, list[str]]],
-    known: dict[int, tuple[int, tuple[str, ...]]],
-    report: DatasetReport,
-) -> None:
-    def of(hashes: list[str]) -> str:
-        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-    def equal(case: int) -> bool:
-        found, (_, wanted) = digests[case], known[case]
-        if len(wanted) == 1:  # a converted set notes images and masks together
-            return of(found["case"] + found["seg"]) == wanted[0]
-        return (of(found["case"]), of(found["seg"])) == wanted
-
-    if absent := sorted(set(known) - set(digests)):
-        report.missing.append(f"cases {_first(absent)}: copy or convert them again")
-    present = sorted(set(known) & set(digests))
-    whole = [case for case in present if len(digests[case]["case"]) == known[case][0]]
-    differing = [case for case in whole if not equal(case)]
-    strangers = sorted(set(digests) - set(known))
-    if differing == whole and not strangers and not report.odd and len(whole) > 1:
-        report.checksums = "re-encoded"
-    elif differing or strangers:
-        report.checksums, report.altered = "altered", sorted(differing + strangers)
-    else:
-        report.checksums = "unmodified" if whole else "incomplete"
+        return read_factors(location.root) or None
+    return load_subjects(location.root)

@@ -1,7 +1,7 @@
 """Names, folders and files of the OASIS course set, for whoever writes or reads one.
 
-Apart from :mod:`.data`, because those who write one need no torch: it would cost each process
-seconds and half a gigabyte.
+Apart from :mod:`.data`, because those who write or check one need no torch: it would cost each
+process seconds and half a gigabyte.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ import csv
 import io
 import os
 import re
+import secrets
 import shutil
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 DATASET_FOLDER = "keras_png_slices"
 SPLITS = ("train", "validate", "test")
 SIDE = 256
 PLANES = 32  # slices of a case, inferior to superior, 1 mm apart
 ROWS, COLS = 176, 208  # the T88 plane inside the padding: left–right and posterior–anterior
+MASK_VALUES = (0, 85, 170, 255)
+TISSUES = ("background", "CSF", "grey matter", "white matter")
 _NAME = re.compile(r"^(case|seg)_(\d+)_slice_(\d+)(?:\.nii)?\.png$", re.IGNORECASE)
 
 
@@ -76,15 +82,62 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+class WrongMode(ValueError):
+    """A PNG whose pixels are not 8-bit greyscale."""
+
+
+class WrongSize(ValueError):
+    """A PNG that is not 256×256."""
+
+
+def read_png(file: Path | BinaryIO) -> Image.Image:
+    """A slice or mask of the course set, decoded: mode L, 256×256.
+
+    Raises ``OSError`` for what is no sound PNG, :class:`WrongMode` and :class:`WrongSize`, whose
+    messages begin with what was found and leave it to the caller to name the file.
+    """
+    # Another format's decoder may start a program, and a header of a few bytes may ask for gigabytes.
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            if image.size != (SIDE, SIDE):
+                raise WrongSize(f"{image.width}×{image.height}, should be {SIDE}×{SIDE}")
+            if image.mode != "L":
+                raise WrongMode(f"mode {image.mode}, should be L (8-bit greyscale)")
+            image.load()
+            return image
+    except (WrongSize, WrongMode):
+        raise
+    except UnidentifiedImageError:
+        raise OSError("no PNG") from None
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+        raise OSError(str(error)) from None
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a new file beside ``path`` and give it that name: what has the name is whole.
+
+    The file is created under a random name, so nobody can have laid a link there, and is on disk
+    before it gets its name. If anything fails it is removed, and what ``path`` was before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    with temporary.open("xb"):
+        pass
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_file(path: Path, content: bytes) -> None:
-    """Write beside the place and rename: a file that has its name is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    """Write ``content`` by :func:`replace_file`."""
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what :func:`write_file` left behind where it was killed."""
+    """Delete what :func:`replace_file` left behind where it was killed."""
     for left_over in (*root.glob(".*.part"), *root.glob("*/.*.part")):
         left_over.unlink(missing_ok=True)
 
@@ -150,13 +203,23 @@ class DataLocation:
         return f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}, {cases} cases"
 
 
-def replace_file(path: Path, write) -> None:
-    """TEMPORARY until the other branch is merged."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def locate(root: Path) -> DataLocation:
+    """The data set in ``root``, in the extra folder (or doubled folder) inside it, or around a split folder.
+
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` if there is none.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist. Give the folder that holds {DATASET_FOLDER}_train.")
+    if root.is_file():
+        hint = "Unpack it and give the folder." if root.suffix == ".zip" else "Give a folder."
+        raise NotADirectoryError(f"{root} is a file. {hint}")
+    candidate = root.parent if root.name.startswith(f"{DATASET_FOLDER}_") else root
+    for _ in range(3):
+        if (candidate / f"{DATASET_FOLDER}_train").is_dir():
+            is_phantom = (candidate / "phantoms.json").exists()
+            return DataLocation(candidate, "phantoms" if is_phantom else "oasis")
+        candidate = candidate / f"{DATASET_FOLDER}_data"
+    raise FileNotFoundError(
+        f"{root} holds no folder {DATASET_FOLDER}_train (nor does a {DATASET_FOLDER}_data in it). "
+        "Point to the unpacked course archive, or leave OASIS_ROOT unset to use phantoms."
+    )

@@ -3,7 +3,7 @@ from functools import cache
 import pytest
 import torch
 
-from oasis_helpers import phantoms as module
+from oasis_helpers.intake import phantoms as module
 
 torch.set_num_threads(1)
 module._load_template = cache(module._load_template)  # seconds each time, and always the same

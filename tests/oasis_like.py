@@ -8,8 +8,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from oasis_helpers import phantoms
-from oasis_helpers.convert import FIRST_PLANE, NEURITE, T88
+from oasis_helpers.intake import phantoms
+from oasis_helpers.intake.convert import FIRST_PLANE, NEURITE, T88
 from oasis_helpers.layout import COLS, DATASET_FOLDER, PLANES, ROWS, SIDE, png_bytes
 
 SCAN = "OAS1_{case:04d}_MR{session}"

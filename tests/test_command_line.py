@@ -30,7 +30,7 @@ def test_phantoms_then_check(tmp_path, capsys):
 
 
 def test_default_phantoms_go_to_the_cache(monkeypatch, phantoms, capsys):
-    monkeypatch.setattr("oasis_helpers.phantoms.make_phantoms", lambda out, workers: phantoms)
+    monkeypatch.setattr("oasis_helpers.intake.phantoms.make_phantoms", lambda out, workers: phantoms)
     assert main(["phantoms"]) == 0
     assert "phantoms, 4 cases" in capsys.readouterr().out
 

@@ -20,10 +20,11 @@ from oasis_like import (
 )
 from PIL import Image
 
-from oasis_helpers.convert import FIRST_PLANE, convert, recognise, split_of
 from oasis_helpers.data import OASISDataset, check_dataset, find_data
+from oasis_helpers.intake import convert as module
+from oasis_helpers.intake.convert import FIRST_PLANE, convert, recognise, split_of
+from oasis_helpers.intake.subjects import Subject, load_subjects, read_subjects
 from oasis_helpers.layout import course_cases
-from oasis_helpers.subjects import Subject, load_subjects, read_subjects
 
 COURSE = {1: "train", 402: "validate", 441: "test"}
 
@@ -62,6 +63,33 @@ def image_of(root, case, k, split="train", masks=False):
     prefix = "seg" if masks else "case"
     folder = f"keras_png_slices_{'seg_' if masks else ''}{split}"
     return np.asarray(Image.open(root / folder / f"{prefix}_{case:03d}_slice_{k}.nii.png"))
+
+
+def test_no_command_that_brings_data_in_needs_torch(phantoms, tmp_path):
+    source = write_tree(tmp_path / "c", course_files({1: "train"}))
+    commands = [
+        ["check", str(phantoms.root)],
+        ["convert", str(source), str(tmp_path / "out")],
+        ["phantoms", str(phantoms.root), "--cases", "2", "1", "1", "--slices", "4"],  # they are there
+    ]
+    program = f"""
+import sys
+from oasis_helpers.__main__ import main
+print([main(command) for command in {commands}])
+print({{"torch", "torchvision", "nilearn", "matplotlib"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["[0, 0, 0]", "set()"]
+
+
+def test_one_thread_for_each_processor_that_we_may_use(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("joblib.cpu_count", lambda: 3)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    pool = module.ThreadPoolExecutor
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda n: asked.append(n) or pool(n))
+    convert(write_tree(tmp_path / "c", course_files({1: "train"})), tmp_path / "out")
+    assert asked == [3]
 
 
 # ---- the course set -----------------------------------------------------------------------------
@@ -104,7 +132,7 @@ def test_the_whole_course_set_gets_its_verdict(tmp_path, monkeypatch):
         }
         for case, split in COURSE.items()
     }
-    monkeypatch.setattr("oasis_helpers.data.course_cases", lambda: known)
+    monkeypatch.setattr("oasis_helpers.intake.check.course_cases", lambda: known)
     report = check_dataset(root)
     assert report.ok
     assert "checksums: complete and unmodified" in str(report)

@@ -1,9 +1,12 @@
+import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader
 
 from oasis_helpers import data
@@ -11,10 +14,15 @@ from oasis_helpers.data import (
     OASISDataset,
     check_dataset,
     find_data,
+    load_factors,
+    load_masks,
     load_slices,
+    read_slices,
     slice_transform,
     to_unit_range,
 )
+from oasis_helpers.intake.subjects import Subject
+from oasis_helpers.layout import SPLITS, image_name, replace_file, write_file
 
 SEG_TRAIN = "keras_png_slices_seg_train"
 
@@ -42,7 +50,7 @@ def test_order_is_numeric(tmp_path):
     folder = tmp_path / "keras_png_slices_train"
     folder.mkdir()
     for case, index in [(10, 2), (2, 10), (2, 9), (100, 0), (2, 1)]:
-        Image.new("L", (256, 256), 7).save(folder / data.image_name(case, index))
+        Image.new("L", (256, 256), 7).save(folder / image_name(case, index))
     (folder / "notes.txt").write_text("not a slice")
     dataset = OASISDataset(folder)
     assert list(zip(dataset.case_ids, dataset.slice_ids)) == [(2, 1), (2, 9), (2, 10), (10, 2), (100, 0)]
@@ -67,6 +75,65 @@ def test_the_memory_path_equals_the_png_path(phantoms):
     assert torch.equal(load_slices(phantoms.train, 64, cases=1), slices[:4])
 
 
+def test_slices_come_with_their_case_plane_and_mask(phantoms):
+    dataset = OASISDataset(phantoms.train)
+    found = read_slices(phantoms.train, 64, masks=True)
+    assert torch.equal(found.images, load_slices(phantoms.train, 64))
+    assert torch.equal(found.masks, load_masks(phantoms.root / SEG_TRAIN, 64))
+    assert (found.case.tolist(), found.plane.tolist()) == (dataset.case_ids, dataset.slice_ids)
+    assert found.case.dtype == found.plane.dtype == torch.long
+    second = read_slices(phantoms.train, 64, cases=1)
+    assert second.case.tolist() == [1, 1, 1, 1]
+    assert second.masks is None
+
+
+def test_masks_are_those_of_the_images(copy):
+    """The first case has no masks, as after a conversion without its segmentation."""
+    for path in (copy / SEG_TRAIN).glob("seg_001_*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"case_001_slice_0.*has no mask: .*seg_001_slice_0.*3 more"):
+        load_masks(copy / SEG_TRAIN, 32, cases=1)
+    for path in (copy / "keras_png_slices_train").glob("case_001_*"):
+        path.unlink()
+    assert len(load_masks(copy / SEG_TRAIN, 32)) == 4
+
+
+def test_masks_are_counted_by_the_images(copy):
+    """Masks of slices that have no image are not in the way."""
+    whole = load_masks(copy / SEG_TRAIN, 32)
+    for path in (copy / "keras_png_slices_train").glob("case_*_slice_[013].nii.png"):
+        path.unlink()
+    assert torch.equal(load_masks(copy / SEG_TRAIN, 32, cases=1), whole[[2, 6]])
+    assert read_slices(copy / "keras_png_slices_train", 32, cases=1).case.tolist() == [1, 2]
+
+
+def test_mistakes_in_what_is_asked_for(phantoms):
+    with pytest.raises(ValueError, match=r"keras_png_slices_train is no folder of masks"):
+        load_masks(phantoms.train, 32)
+    with pytest.raises(ValueError, match="cases is 0: give 1 or more"):
+        load_slices(phantoms.train, 32, cases=0)
+
+
+def test_factors_of_phantoms_and_of_people(phantoms, copy):
+    found = load_factors(phantoms)
+    assert list(found) == [1, 2, 402, 441]
+    assert found[402].split == "validate"
+    assert 0 < found[1].atrophy < 1
+    masks = load_masks(phantoms.root / SEG_TRAIN, 208, cases=1)  # unscaled
+    assert found[1].white_mm3 == int((masks == 3).sum())
+    assert load_factors(find_data(copy)) is None
+    (copy / "subjects.csv").write_text("ID,M/F,Age,CDR\nOAS1_0002_MR1,F,74,0.5\n")
+    assert load_factors(find_data(copy)) == {2: Subject(74, "F", 0.5)}
+
+
+def test_a_table_of_phantoms_changed_by_hand(copy):
+    table = copy / "phantoms.csv"
+    table.write_text(table.read_text().replace("441,test", "441,test,0.5"))
+    (copy / "phantoms.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"phantoms.csv, line 5 is no row of phantoms"):
+        load_factors(find_data(copy))
+
+
 @pytest.mark.parametrize(
     "inside", ["", "keras_png_slices_data", "keras_png_slices_data/keras_png_slices_data"]
 )
@@ -89,7 +156,7 @@ def test_real_data_is_called_oasis(copy):
 
 
 def test_find_data_makes_phantoms_when_nothing_is_named(monkeypatch, phantoms):
-    from oasis_helpers import phantoms as module
+    from oasis_helpers.intake import phantoms as module
 
     asked = []
     monkeypatch.delenv("OASIS_ROOT", raising=False)
@@ -126,10 +193,19 @@ def _save(mode, size=(256, 256)):
     return lambda path: Image.new(mode, size).save(path, format="PNG")
 
 
+def _claim_81_megapixels(path):
+    raw = bytearray(path.read_bytes())
+    raw[16:24] = struct.pack(">II", 9000, 9000)
+    raw[29:33] = struct.pack(">I", zlib.crc32(bytes(raw[12:29])))
+    path.write_bytes(raw)
+
+
 SPOILED = {
     "truncated": (_truncate, OSError, "cannot be read", "corrupt"),
     "empty file": (lambda p: p.write_bytes(b""), OSError, "cannot be read", "corrupt"),
     "text": (lambda p: p.write_text("no PNG"), OSError, "cannot be read", "corrupt"),
+    "BMP": (lambda p: Image.new("L", (256, 256)).save(p, format="BMP"), OSError, "no PNG", "corrupt"),
+    "giant": (_claim_81_megapixels, ValueError, "9000×9000", "wrong_size"),
     "RGB": (_save("RGB"), ValueError, "mode RGB", "wrong_mode"),
     "RGBA": (_save("RGBA"), ValueError, "mode RGBA", "wrong_mode"),
     "palette": (_save("P"), ValueError, "mode P", "wrong_mode"),
@@ -151,6 +227,56 @@ def test_a_spoiled_png_is_named(copy, kind):
     assert len(getattr(report, where)) == 1
     assert "case_001_slice_0.nii.png" in getattr(report, where)[0]
     assert str(copy) not in str(report)
+
+
+def test_no_other_program_is_started_for_a_file_named_png(copy, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was asked"))
+    Image.new("L", (256, 256)).save(_first(copy), format="EPS")
+    with pytest.raises(OSError, match="no PNG"):
+        OASISDataset(copy / "keras_png_slices_train")[0]
+    assert len(check_dataset(copy).corrupt) == 1
+
+
+# ---- files are whole or not there -----------------------------------------------------------
+
+
+def test_a_file_that_fails_half_way_changes_nothing(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"old")
+
+    def half(temporary):
+        temporary.write_bytes(b"ne")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        replace_file(path, half)
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("on disk") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("named") or replace(*names))
+    write_file(tmp_path / "a", b"content")
+    assert done == ["on disk", "named"]
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_temporary_file_cannot_be_foreseen(tmp_path, monkeypatch):
+    seen = []
+    for _ in range(2):
+        replace_file(tmp_path / "a", lambda temporary: seen.append(temporary.name))
+    assert seen[0] != seen[1]
+    assert all(name.startswith(".a.") and name.endswith(".part") for name in seen)
+    # And if somebody did foresee it: a link there is not followed.
+    monkeypatch.setattr("secrets.token_hex", lambda size: "known")
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / ".a.known.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "a", b"content")
+    assert (tmp_path / "mine").read_text() == "years of work"
 
 
 def test_a_folder_that_is_missing_or_empty(tmp_path):
@@ -224,7 +350,7 @@ def test_the_shipped_checksums_cover_the_course_set():
 
     with (Path(data.__file__).parent / "oasis_png_cases.csv").open() as file:
         rows = list(csv.DictReader(file))
-    counts = {s: sum(r["split"] == s for r in rows) for s in data.SPLITS}
+    counts = {s: sum(r["split"] == s for r in rows) for s in SPLITS}
     assert counts == {"train": 302, "validate": 35, "test": 17}
 
 
@@ -235,5 +361,5 @@ def test_unknown_split(phantoms):
 
 def test_transform_cuts_only_padding(phantoms):
     image = OASISDataset(phantoms.train)[0]
-    kept = np.asarray(image)[24:232, 24:232]
-    assert kept.sum() == np.asarray(image).sum()
+    kept = slice_transform(208)(image)  # cut and not scaled
+    assert round(float((kept + 1).sum() * 127.5)) == np.asarray(image).sum()

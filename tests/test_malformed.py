@@ -5,10 +5,10 @@
 
 import gzip
 import io
-import os
 import re
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 
@@ -26,7 +26,8 @@ from oasis_like import (
 from PIL import Image
 
 from oasis_helpers.__main__ import main
-from oasis_helpers.convert import T88, convert
+from oasis_helpers.intake.archives import ArchiveDamaged, ArchiveRefused, members
+from oasis_helpers.intake.convert import T88, convert
 
 CASE = course_files({1: "train"})
 PNG = "keras_png_slices_data/keras_png_slices_train/case_001_slice_4.nii.png"
@@ -79,6 +80,76 @@ def patched(signature, offset, content, *, last=False):
     return change
 
 
+def end_record(raw):
+    """Of a zip without comment: the bytes before the end record, and the table's count, size and place."""
+    return raw[:-22], struct.unpack("<HII", raw[-12:-2])
+
+
+def as_zip64(raw, *, start=0, count=0xFFFF, comment=b""):
+    """The zip with a ZIP64 end record as streaming writers make it: −1 in each field of the old one."""
+    body, (entries, size, place) = end_record(raw)
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, entries, entries, size, place)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + len(body), 1)
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, 2**32 - 1, 2**32 - 1, len(comment))
+    return body + record + locator + end + comment
+
+
+def listing(entries, *, announced=None):
+    """A zip of a table of contents alone, with so many entries."""
+    table = b"".join(
+        struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 0x21, 0, 0, 0, 6, *[0] * 6)
+        + f"{i:06}".encode()
+        for i in range(entries)
+    )
+    count = announced if announced is not None else entries
+    head = b"PK\3\4" + bytes(26)
+    return head + table + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, len(table), len(head), 0)
+
+
+def long_table(folder):
+    """Forty megabytes of nothing, which the ZIP64 record calls the table of contents."""
+    path = folder / "c.zip"
+    size = 40 * 10**6
+    with path.open("wb") as file:
+        file.write(b"PK\3\4")
+        file.seek(size)
+        end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, size, 0, 0)
+        file.write(as_zip64(end, start=size))
+    return path
+
+
+def packed_small(folder, method, size=32 * 2**20):
+    """A slice by name that announces ten bytes and unpacks to more."""
+    path = folder / "c.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr(PNG, bytes(size))
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
+        content = patched(signature, offset, struct.pack("<I", 10))(content)
+    path.write_bytes(content)
+    return path
+
+
+def gnu_sparse(name, size):
+    """The header of a file of ``size`` zeros, none of them stored."""
+    entry = tarfile.TarInfo(name)
+    entry.type = tarfile.GNUTYPE_SPARSE
+    raw = bytearray(entry.tobuf(tarfile.GNU_FORMAT))
+    raw[483:495] = b"%011o\0" % size
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+def pax_sparse(name, size):
+    """The same in the form that GNU tar writes today: the map is in the data."""
+    entry = tarfile.TarInfo(name)
+    entry.size = 512
+    about = {"major": 1, "minor": 0, "name": name, "realsize": size}
+    entry.pax_headers = {f"GNU.sparse.{key}": str(value) for key, value in about.items()}
+    return entry.tobuf(tarfile.PAX_FORMAT) + b"0\n".ljust(512, b"\0")
+
+
 def tarred(name="x", kind=tarfile.REGTYPE, content=b"x", size=None, target="/etc/passwd"):
     """A disc archive with one member more, of this kind and claimed size."""
 
@@ -115,19 +186,26 @@ def disc_bytes(change):
     return build
 
 
+def nested_headers(count):
+    """Extended headers that each announce another one."""
+    entry = tarfile.TarInfo("x")
+    entry.type, entry.size = tarfile.XHDTYPE, 512
+    return (entry.tobuf(tarfile.USTAR_FORMAT) + b"9 a=bcde\n".ljust(512, b"\0")) * count
+
+
 def garbled_header(folder):
     """The archive is sound gzip; the header of its fourth member is noise."""
     raw = bytearray(gzip.decompress(write_tar(folder / "disc1.tar.gz", SUBJECT).read_bytes()))
     at = raw.find(IMG.encode())
-    raw[at : at + 200] = os.urandom(200)
+    raw[at : at + 200] = NOISE[:200]
     (folder / "disc1.tar.gz").write_bytes(gzip.compress(bytes(raw), 1))
     return folder / "disc1.tar.gz"
 
 
-def million_entries(folder):
+def too_many_entries(folder):
     header = tarfile.TarInfo("OAS1_0001_MR1/x").tobuf()
     with gzip.open(folder / "disc1.tar.gz", "wb", compresslevel=1) as archive:
-        for _ in range(1000):
+        for _ in range(110):
             archive.write(header * 1000)
     return folder / "disc1.tar.gz"
 
@@ -139,7 +217,7 @@ def pax_bomb(folder):
     with gzip.open(folder / "disc1.tar.gz", "wb", compresslevel=1) as archive:
         archive.write(_claiming(entry, 2**30))
         for _ in range(64):
-            archive.write(os.urandom(2**15) * 2)
+            archive.write(NOISE[: 2**15] * 2)
     return folder / "disc1.tar.gz"
 
 
@@ -157,9 +235,9 @@ def tree(files, **changes):
     return lambda folder: write_tree(folder / "tree", wanted)
 
 
-def png(mode="L", size=(256, 256), **options):
+def png(mode="L", size=(256, 256), format="PNG"):
     written = io.BytesIO()
-    Image.new(mode, size, 0).save(written, format="PNG", **options)
+    Image.new(mode, size, 0).save(written, format=format)
     return written.getvalue()
 
 
@@ -218,13 +296,42 @@ INPUTS = {
         zip_bytes(patched(b"PK\5\6", 8, b"\xff\xff\xff\xff", last=True)),
         "announces 65,535 files",
     ),
+    "zip: lists more than it announces": (
+        raw_file(listing(66_000, announced=3)),
+        "announces 3 files and lists 66,000",
+    ),
+    "zip: too many files": (raw_file(listing(110_000, announced=3)), "holds more than 100,000 files"),
+    "zip: ZIP64 that says otherwise": (
+        raw_file(as_zip64(listing(66_000, announced=464), count=3)),
+        "two tables of contents that contradict",
+    ),
+    "zip: ZIP64 of more than it lists": (
+        zip_bytes(lambda raw: as_zip64(patched(b"PK\5\6", 8, b"\7\0\7\0", last=True)(raw))),
+        "announces 7 files and lists 64",
+    ),
+    "zip: −1 and no ZIP64": (
+        zip_bytes(patched(b"PK\5\6", 8, b"\xff" * 12, last=True)),
+        "cannot be opened",
+    ),
+    "zip: long table of contents": (long_table, "table of contents of 40 MB"),
+    "zip: end record in the comment": (
+        zip_bytes(lambda raw: as_zip64(raw, comment=b"PK\5\6" + bytes(18))),
+        "holds no file named like",
+    ),
+    "zip: bzip2": (lambda f: packed_small(f, zipfile.ZIP_BZIP2), "packed by method 12"),
+    "zip: LZMA": (lambda f: packed_small(f, zipfile.ZIP_LZMA), "packed by method 14"),
+    "zip: more than it announces": (lambda f: packed_small(f, zipfile.ZIP_DEFLATED), "cannot be unpacked"),
+    "zip: place of a member before the file": (
+        zip_bytes(patched(b"PK\5\6", 16, b"\xff" * 4, last=True)),
+        "cannot be",
+    ),
     "zip: encrypted": (zip_bytes(patched(b"PK\1\2", 8, b"\1\0")), "is encrypted"),
     "zip: cut": (zip_bytes(lambda raw: raw[: len(raw) // 2]), "no table of contents"),
     "zip: directory garbled": (zip_bytes(patched(b"PK\1\2", 0, b"XXXX")), "cannot be opened"),
     "zip: wrong checksum": (zip_bytes(patched(b"PK\1\2", 16, b"\1\2\3\4")), "cannot be unpacked"),
     "zip: unknown compression": (
         zip_bytes(lambda raw: patched(b"PK\1\2", 10, b"\x63\0")(patched(b"PK\3\4", 8, b"\x63\0")(raw))),
-        "cannot be unpacked",
+        "packed by method 99",
     ),
     # -- tars
     "tar: path that climbs out": (tarred("../evil.img"), "climbs out of its folder"),
@@ -239,7 +346,14 @@ INPUTS = {
     ),
     "tar: member of 3 GB": (tarred("big", size=3 * 2**30), "no file of OASIS exceeds"),
     "tar: header of a gigabyte": (pax_bomb, "a bomb"),
-    "tar: a million entries": (million_entries, "a bomb|more than 100,000 files"),
+    "tar: sparse file": (raw_file(gnu_sparse(IMG, 2**25) + bytes(1024), "d.tar"), "holds the sparse file"),
+    "tar: sparse file, PAX": (
+        raw_file(pax_sparse(IMG, 2**25) + bytes(1024), "d.tar"),
+        "holds the sparse file",
+    ),
+    "tar: headers in headers": (raw_file(nested_headers(900), "d.tar"), "cut or damaged"),
+    "tar: less than nothing": (raw_file(_claiming(tarfile.TarInfo(IMG), -1024), "d.tar"), "has -1024 bytes"),
+    "tar: 110,000 entries": (too_many_entries, "a bomb|more than 100,000 files"),
     "tar: cut": (disc_bytes(lambda raw: raw[: len(raw) // 2]), "cut or damaged"),
     "tar: garbled in the middle": (
         disc_bytes(lambda raw: raw[: len(raw) // 2] + bytes(2000) + raw[len(raw) // 2 + 2000 :]),
@@ -253,9 +367,10 @@ INPUTS = {
     "png: 16 bits": (tree(CASE, **{PNG: png("I;16")}), "mode I;16, should be L"),
     "png: wrong size": (tree(CASE, **{PNG: png(size=(64, 64))}), "64×64, should be 256×256"),
     "png: cut": (tree(CASE, **{PNG: CASE[PNG][:200]}), "is damaged"),
-    "png: no PNG": (tree(CASE, **{PNG: b"GIF89a nothing"}), "is no PNG; copy it again"),
+    "png: no PNG": (tree(CASE, **{PNG: b"GIF89a nothing"}), r"is damaged \(no PNG\); copy it again"),
+    "png: of another format": (tree(CASE, **{PNG: png(format="BMP")}), r"is damaged \(no PNG\)"),
     "png: 900 megapixels": (tree(CASE, **{PNG: giant_png()}), "30000×30000, should be|is damaged"),
-    "png: two megabytes": (tree(CASE, **{PNG: NOISE}), "has 2 MB; a slice has 0.02"),
+    "png: two megabytes": (tree(CASE, **{PNG: NOISE}), "has 2 MB; such files have at most 1"),
     "png: slice missing": (tree(CASE, **{PNG: None}), "slices 4 are missing"),
     "png: in two splits": (
         tree(CASE, **{PNG.replace("train", "test"): CASE[PNG]}),
@@ -345,6 +460,59 @@ def test_malformed(name, tmp_path, capsys, monkeypatch):
     except (ValueError, OSError) as error:
         said = [str(error)]
     assert any(re.search(message, line) for line in said)
+
+
+BOMBS = {
+    name: INPUTS[name][0]
+    for name in INPUTS
+    if name.startswith(
+        (
+            "zip: bzip2",
+            "zip: LZMA",
+            "zip: more than it",
+            "zip: ZIP64 that",
+            "zip: too",
+            "zip: long",
+            "tar: sparse",
+        )
+    )
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_takes_no_memory(name, tmp_path):
+    path = BOMBS[name](tmp_path)
+    tracemalloc.start()
+    try:
+        with pytest.raises((ArchiveRefused, ArchiveDamaged)):
+            sum(len(member.read()) for member in members(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 * 2**20  # bytes; each would give 32 MB, or lists files in a table of 5 MB
+
+
+def test_a_volume_too_large_is_not_kept_for_later(tmp_path):
+    # In a stream the files of many subjects may wait for their last one.
+    files = subject_files(1, HEAD, LABELS)
+    files[IMG] = HEAD.tobytes() * 5
+    report = convert(write_tar(tmp_path / "disc1.tar.gz", files), tmp_path / "out")
+    assert "has 64 MB; such files have at most 55" in str(report)
+
+
+UNUSUAL = {
+    "ZIP64 with −1, as a stream is packed": lambda raw: as_zip64(raw),
+    "ZIP64 with −1 for the sizes only": lambda raw: as_zip64(raw, count=64),
+    "with a comment": lambda raw: as_zip64(raw, comment=b"from the cloud"),
+    "behind another zip": lambda raw: listing(0) + raw,
+    "both": lambda raw: listing(0) + as_zip64(raw),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_honest_zip_of_an_unusual_form_is_read(name, tmp_path):
+    path = zip_bytes(UNUSUAL[name])(tmp_path)
+    assert {m.name: m.read() for m in members(path)} == CASE
 
 
 def test_out_must_not_be_a_file_or_inside_the_source(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from oasis_helpers import phantoms as module
+from oasis_helpers.__main__ import main
 from oasis_helpers.data import OASISDataset, check_dataset
-from oasis_helpers.phantoms import PhantomFactors, _render, make_phantoms
+from oasis_helpers.intake import phantoms as module
+from oasis_helpers.intake.phantoms import PhantomFactors, _render, make_phantoms
 
 
 def _digests(root):
@@ -102,8 +103,30 @@ def test_an_interrupted_run_is_completed(phantoms, tmp_path):
 
 
 def test_a_finished_set_is_left_alone(phantoms, monkeypatch):
-    monkeypatch.setattr("oasis_helpers.phantoms._load_template", lambda: pytest.fail("made again"))
+    monkeypatch.setattr("oasis_helpers.intake.phantoms._load_template", lambda: pytest.fail("made again"))
     assert make_phantoms(phantoms.root, (2, 1, 1), slices=4) == phantoms
+
+
+def test_one_process_for_each_processor_that_we_may_use(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("joblib.cpu_count", lambda: 3)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(module, "_factors", lambda jobs, workers: asked.append(workers) or [])
+    make_phantoms(tmp_path / "p", (4, 0, 0), slices=1)
+    assert asked == [3]
+
+
+def test_the_default_set_takes_no_options(monkeypatch, capsys):
+    monkeypatch.setattr(module, "make_phantoms", lambda *a, **k: pytest.fail("made the default set"))
+    assert main(["phantoms", "--cases", "1", "0", "0", "--seed", "0"]) == 1
+    error = "error: --cases, --seed: the default set has its own. Give a folder OUT for a set of yours.\n"
+    assert capsys.readouterr().err == error
+
+
+def test_the_public_name_is_the_same_thing():
+    from oasis_helpers import phantoms as public
+
+    assert all(getattr(public, name) is getattr(module, name) for name in public.__all__)
 
 
 def test_nothing_of_the_users_is_touched(phantoms, tmp_path):

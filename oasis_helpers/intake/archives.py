@@ -19,7 +19,6 @@ import stat
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ HIGHEST_RATIO = 100  # unpacked to packed; volumes reach 4, PNGs 1
 _RATIO_FROM = 16 * 2**20  # bytes; below this a high ratio does no harm
 _LARGEST_DIRECTORY = 32 * 2**20  # bytes of a zip's table of contents
 _NONE = "OASIS's archives have no such thing: do not use this one."
-_GARBLED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, struct.error)
+_END, _END_64, _LOCATOR_64, _ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"  # records of a zip
 
 
 class ArchiveRefused(ValueError):
@@ -88,7 +87,20 @@ def _check_name(path: Path, name: str) -> None:
         raise ArchiveRefused(f"{path.name} holds a name with control characters, {shown}. {_NONE}")
 
 
+@contextmanager
+def _damaged(message: Callable[[Exception], str]) -> Iterator[None]:
+    """Whatever a garbled archive raises, as one error that says where."""
+    try:
+        yield
+    except (ArchiveRefused, ArchiveDamaged, MemoryError):
+        raise
+    except Exception as error:  # zipfile, tarfile and zlib raise many kinds for bytes of noise
+        raise ArchiveDamaged(message(error)) from None
+
+
 def _check_size(path: Path, name: str, size: int) -> None:
+    if size < 0:
+        raise ArchiveDamaged(f"{path.name} says that {name[:80]!a} has {size} bytes: download it again.")
     if size > LARGEST_MEMBER:
         raise ArchiveRefused(
             f"{path.name} holds {name[:80]!a} of {size / 1e6:,.0f} MB; no file of OASIS exceeds "
@@ -99,29 +111,60 @@ def _check_size(path: Path, name: str, size: int) -> None:
 # ---- zip --------------------------------------------------------------------------------------
 
 
-def _check_directory(path: Path) -> None:
-    """Refuse a huge table of contents before :mod:`zipfile` reads it into memory."""
+class _Guarded(io.BufferedReader):
+    """A zip while :mod:`zipfile` opens it, from which no huge table of contents can be read.
+
+    Three records may say where the table is and how long; readers differ in which they believe.
+    So what counts is what zipfile takes, whatever made it.
+    """
+
+    opening = True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.opening and size is not None and size > _LARGEST_DIRECTORY:
+            raise ArchiveRefused(
+                f"{Path(self.name).name} has a table of contents of {size / 1e6:,.0f} MB. {_NONE}"
+            )
+        found = super().read(size)
+        if self.opening and found.count(_ENTRY) > MOST_MEMBERS:
+            raise ArchiveRefused(f"{Path(self.name).name} holds more than {MOST_MEMBERS:,} files.")
+        return found
+
+    def __del__(self) -> None:
+        self.close()  # members are read long after the function that opened it has ended
+
+
+def _announced(path: Path) -> int:
+    """How many files the end of a zip says there are; its two end records must not contradict each other.
+
+    A field of the old record is −1 where the ZIP64 record has the value (APPNOTE 4.3.14–4.3.16, 4.4.1.4).
+    """
     with path.open("rb") as file:
         file.seek(0, io.SEEK_END)
-        file.seek(max(0, file.tell() - 65_557))  # the end record and the longest comment after it
+        file.seek(max(0, file.tell() - 65_633))  # the end records, and the longest comment after them
         tail = file.read()
-    found = tail.rfind(b"PK\x05\x06")
-    if found < 0 or len(tail) < found + 22:
+    # as zipfile looks for it
+    at = len(tail) - 22 if tail[-22:-18] == _END and tail[-2:] == b"\0\0" else tail.rfind(_END)
+    if at < 0 or len(tail) < at + 22:
         raise ArchiveDamaged(f"{path.name} has no table of contents at its end: download it again.")
-    entries, size = struct.unpack("<HI", tail[found + 10 : found + 16])
-    if entries == 0xFFFF or size > _LARGEST_DIRECTORY:
-        raise ArchiveRefused(f"{path.name} announces 65,535 files or more; the course zip has 22,662.")
+    short = struct.unpack("<HII", tail[at + 10 : at + 20])  # files, bytes of the table, where it begins
+    if at < 76 or tail[at - 20 : at - 16] != _LOCATOR_64 or tail[at - 76 : at - 72] != _END_64:
+        return short[0]
+    full = struct.unpack("<QQQ", tail[at - 44 : at - 20])
+    if any(a not in (b, unset) for a, b, unset in zip(short, full, (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF))):
+        raise ArchiveRefused(f"{path.name} has two tables of contents that contradict each other. {_NONE}")
+    return full[0]
 
 
 def _zip_members(path: Path) -> Iterator[Member]:
-    _check_directory(path)
-    try:
-        archive = zipfile.ZipFile(path)
-    except (*_GARBLED, ValueError, NotImplementedError) as error:
-        raise ArchiveDamaged(f"{path.name} cannot be opened ({error}): download it again.") from None
+    announced = _announced(path)
+    with _damaged(lambda error: f"{path.name} cannot be opened ({error}): download it again."):
+        file = _Guarded(io.FileIO(path))
+        archive = zipfile.ZipFile(file)
+        file.opening = False
     entries = archive.infolist()
-    if len(entries) > MOST_MEMBERS:
-        raise ArchiveRefused(f"{path.name} holds {len(entries):,} files; the course zip has 22,662.")
+    if len(entries) != announced:
+        raise ArchiveRefused(f"{path.name} announces {announced:,} files and lists {len(entries):,}. {_NONE}")
     total = 0
     for entry in entries:
         _check_name(path, entry.filename)
@@ -131,6 +174,12 @@ def _zip_members(path: Path) -> Iterator[Member]:
             raise ArchiveRefused(f"{path.name} holds the {what} {entry.filename[:80]!a}.")
         if entry.flag_bits & 1:
             raise ArchiveRefused(f"{path.name} is encrypted: unpack it yourself and give the folder.")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # zipfile unpacks the others whole, whatever size they announce
+            raise ArchiveRefused(
+                f"{path.name} holds {entry.filename[:80]!a} packed by method {entry.compress_type}; only "
+                "stored and deflated files are read: unpack it yourself and give the folder."
+            )
         _check_size(path, entry.filename, entry.file_size)
         total += entry.file_size
         if entry.file_size > _RATIO_FROM and entry.file_size > HIGHEST_RATIO * max(entry.compress_size, 1):
@@ -145,12 +194,12 @@ def _zip_members(path: Path) -> Iterator[Member]:
 
     def reader(entry: zipfile.ZipInfo) -> Callable[[], bytes]:
         def read() -> bytes:
-            try:
-                return archive.read(entry)
-            except _GARBLED as error:
-                raise ArchiveDamaged(f"{entry.filename[-60:]!a} cannot be unpacked ({error})") from None
-            except (RuntimeError, NotImplementedError) as error:
-                raise ArchiveRefused(f"{entry.filename[-60:]!a} cannot be unpacked ({error})") from None
+            name = f"{entry.filename[-60:]!a}"
+            with _damaged(lambda error: f"{name} cannot be unpacked ({error})"), archive.open(entry) as f:
+                content = f.read(entry.file_size)  # no more, whatever its packed bytes would give
+                if len(content) != entry.file_size:
+                    raise EOFError(f"{len(content):,} bytes instead of {entry.file_size:,}")
+                return content
 
         return read
 
@@ -204,25 +253,15 @@ def _tar_members(path: Path) -> Iterator[Member]:
         yield from _limited_tar_members(path, limited)
 
 
-@contextmanager
-def _named(limited: _Allowance) -> Iterator[None]:
-    """Whatever a garbled archive raises, as one error that says where."""
-    try:
-        yield
-    except (ArchiveRefused, ArchiveDamaged):
-        raise
-    except (*_GARBLED, tarfile.TarError, ValueError, OverflowError) as error:
-        raise ArchiveDamaged(
-            f"{limited.name} is cut or damaged after {limited.total / 1e6:,.0f} MB unpacked ({error}): "
-            "download it again."
-        ) from None
-
-
 def _limited_tar_members(path: Path, limited: _Allowance) -> Iterator[Member]:
-    with _named(limited):
+    def damage(error: Exception) -> str:
+        where = f"{limited.name} is cut or damaged after {limited.total / 1e6:,.0f} MB unpacked"
+        return f"{where} ({error}): download it again."
+
+    with _damaged(damage):
         archive = tarfile.open(fileobj=limited, mode="r|", bufsize=tarfile.BLOCKSIZE)  # noqa: SIM115
     for number in itertools.count():
-        with _named(limited):
+        with _damaged(damage):
             entry = archive.next()
         if entry is None:
             break
@@ -233,17 +272,19 @@ def _limited_tar_members(path: Path, limited: _Allowance) -> Iterator[Member]:
         if not (entry.isreg() or entry.isdir()):
             what = "link" if entry.issym() or entry.islnk() else "device or pipe"
             raise ArchiveRefused(f"{path.name} holds the {what} {entry.name[:80]!a}.")
+        if entry.issparse():  # zeros that are not stored, so no limit on what is read would count them
+            raise ArchiveRefused(f"{path.name} holds the sparse file {entry.name[:80]!a}. {_NONE}")
         _check_size(path, entry.name, entry.size)
         limited.allow(entry.size)
 
         def read(entry: tarfile.TarInfo = entry) -> bytes:
-            with _named(limited):
+            with _damaged(damage):
                 return archive.extractfile(entry).read()
 
         if entry.isreg():
             yield Member(entry.name, entry.size, read, limited.position)
     # tarfile takes a garbled header for the end. After a true end come only zeros.
     limited.allow(2**20)
-    with _named(limited):
+    with _damaged(damage):
         if limited.read(2**16).strip(b"\0"):
             raise ValueError("a header is garbled")

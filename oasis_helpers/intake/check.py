@@ -1,0 +1,233 @@
+"""Is a data set whole? Every file of it is read, and what is wrong is reported by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..layout import (
+    DATASET_FOLDER,
+    MASK_VALUES,
+    SPLITS,
+    DataLocation,
+    WrongMode,
+    WrongSize,
+    course_cases,
+    image_name,
+    locate,
+    mask_name,
+    read_png,
+    slices_in,
+)
+
+
+@dataclass
+class DatasetReport:
+    """What :func:`check_dataset` found. ``ok`` is True when nothing is wrong.
+
+    ``counts``: split → (slices, cases). ``checksums``: "unmodified" when every whole case equals
+    the course set's (or, for a converted set, what was converted); "re-encoded" when every
+    case differs in its bytes and every slice looks right; "altered" when only some differ, with
+    their ids in ``altered``; "incomplete" when no case is whole; "not OASIS" for phantoms.
+    """
+
+    root: Path
+    kind: str
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    corrupt: list[str] = field(default_factory=list)
+    wrong_mode: list[str] = field(default_factory=list)
+    wrong_size: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    odd: list[str] = field(default_factory=list)
+    checksums: str = "not OASIS"
+    altered: list[int] = field(default_factory=list)
+
+    @property
+    def problems(self) -> dict[str, list[str]]:
+        """Kind of problem → what is wrong and what to do, without the empty kinds."""
+        kinds = {
+            "missing": self.missing,
+            "corrupt": self.corrupt,
+            "wrong mode": self.wrong_mode,
+            "wrong size": self.wrong_size,
+            "split leakage": self.leaks,
+            "odd pixels": self.odd,
+        }
+        return {kind: lines for kind, lines in kinds.items() if lines}
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and self.checksums != "altered"
+
+    def __str__(self) -> str:
+        lines = [f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}: {'ok' if self.ok else 'PROBLEMS'}"]
+        lines += [f"  {s:<9} {n:>6,} slices {c:>4} cases" for s, (n, c) in self.counts.items()]
+        for kind, found in self.problems.items():
+            lines.append(f"  {kind}: {len(found)}")
+            lines += [f"    {line}" for line in found[:5]]
+            if len(found) > 5:
+                lines.append(f"    … and {len(found) - 5} more")
+        lines.append(f"  checksums: {self._verdict}")
+        return "\n".join(lines)
+
+    @property
+    def _verdict(self) -> str:
+        if self.checksums == "altered":
+            return f"altered: cases {_first(self.altered)}"
+        if self.kind != "oasis":
+            return self.checksums
+        words = {
+            "unmodified": "complete and unmodified",
+            "incomplete": "no case is whole, so nothing could be compared",
+            "re-encoded": "complete, re-encoded (all bytes differ, all slices look right)",
+        }[self.checksums]
+        return (
+            words
+            if self.ok
+            else words.replace("complete and", "what is there is").replace("complete,", "what is there is")
+        )
+
+
+def _first(cases: list[int]) -> str:
+    return ", ".join(map(str, cases[:8])) + (f" … ({len(cases)} in all)" if len(cases) > 8 else "")
+
+
+def check_dataset(root: str | Path) -> DatasetReport:
+    """Read every file of a data set and report what is wrong with it.
+
+    Looks for missing folders, slices and partners, PNGs that do not decode, a mode other than
+    L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each
+    case of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``,
+    each case of a converted set with what was converted. Raises as :func:`~oasis_helpers.data.find_data` if
+    there is no data set at ``root``.
+    """
+    location = locate(Path(root).expanduser())
+    report = DatasetReport(location.root, location.kind)
+    known = _known_cases(location)
+    cases_of: dict[int, list[str]] = defaultdict(list)
+    digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
+    jobs = []
+    for split in SPLITS:
+        found = {}
+        for prefix, masks in (("case", False), ("seg", True)):
+            folder = location.folder(split, masks)
+            if not folder.is_dir():
+                report.missing.append(f"folder {folder.name}: unpack the archive again")
+                found[prefix] = {}
+            else:
+                found[prefix] = slices_in(folder, prefix)
+        images, masks = found["case"], found["seg"]
+        per_case = Counter(case for case, _ in images)
+        report.counts[split] = (len(images), len(per_case))
+        for case in per_case:
+            cases_of[case].append(split)
+        seg_folder = f"{DATASET_FOLDER}_seg_{split}"
+        folder = f"{DATASET_FOLDER}_{split}"
+        if location.folder(split, masks=True).is_dir():
+            report.missing += [
+                f"{seg_folder}/{mask_name(*k)}: the mask of a slice that is there"
+                for k in images
+                if k not in masks
+            ]
+        if location.folder(split).is_dir():
+            report.missing += [
+                f"{folder}/{image_name(*k)}: the image of a mask that is there"
+                for k in masks
+                if k not in images
+            ]
+        expected = max(per_case.values(), default=0)
+        if known:
+            expected = max(expected, *(slices for slices, _ in known.values()))
+        for case, number in per_case.items():
+            have = {index for c, index in images if c == case}
+            if number < expected or max(have) >= expected:
+                gone = [
+                    i for i in range(max(expected, max(have) + 1)) if i not in have and (case, i) not in masks
+                ]
+                report.missing += [f"{folder}/{image_name(case, i)}: a gap in the case" for i in gone]
+        jobs += [(prefix, key, path) for prefix in found for key, path in found[prefix].items()]
+    for case, splits in sorted(cases_of.items()):
+        if len(splits) > 1:
+            report.leaks.append(f"case {case:03d} is in {' and '.join(splits)}: keep it in one split")
+
+    for prefix, (case, _), path in tqdm(jobs, desc="checking", unit="file", disable=len(jobs) < 5000):
+        _check_file(path, report, prefix, like_course=known is not None)
+        if known is not None:
+            with path.open("rb") as file:
+                digests[case][prefix].append(hashlib.file_digest(file, "sha256").hexdigest())
+    if known is not None:
+        _compare_checksums(digests, known, report)
+    return report
+
+
+def _check_file(path: Path, report: DatasetReport, prefix: str, like_course: bool) -> None:
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        pixels = np.asarray(read_png(path))
+    except WrongMode as error:
+        report.wrong_mode.append(f"{name}: {error}")
+        return
+    except WrongSize as error:
+        report.wrong_size.append(f"{name}: {error}")
+        return
+    except OSError as error:
+        report.corrupt.append(f"{name}: {str(error).replace(str(path), path.name)}; copy it again")
+        return
+    if prefix == "seg" and not np.isin(pixels, MASK_VALUES).all():
+        report.odd.append(f"{name}: values other than {', '.join(map(str, MASK_VALUES))}; copy it again")
+    if like_course and prefix == "case" and pixels.max() != 255:
+        report.odd.append(f"{name}: its maximum is {pixels.max()}, should be 255; copy it again")
+    border = pixels.copy()
+    border[40:-40, 24:-24] = 0
+    if like_course and border.any():
+        report.odd.append(f"{name}: something outside the middle 176×208 pixels; copy it again")
+
+
+def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]]] | None:
+    """Number of slices and digests that each case should have; None if nobody knows them."""
+    if location.kind == "phantoms":
+        return None
+    plan = location.root / "conversion.json"
+    if not plan.exists() or json.loads(plan.read_text(encoding="utf-8"))["format"] == "course":
+        return {
+            case: (int(row["slices"]), (row["images_sha256"], row["masks_sha256"]))
+            for case, row in course_cases().items()
+        }
+    from .convert import read_rows  # it needs nibabel, and few need it
+
+    return {case: (row.images, (row.sha256,)) for case, row in read_rows(location.root).items()}
+
+
+def _compare_checksums(
+    digests: dict[int, dict[str, list[str]]],
+    known: dict[int, tuple[int, tuple[str, ...]]],
+    report: DatasetReport,
+) -> None:
+    def of(hashes: list[str]) -> str:
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    def equal(case: int) -> bool:
+        found, (_, wanted) = digests[case], known[case]
+        if len(wanted) == 1:  # a converted set notes images and masks together
+            return of(found["case"] + found["seg"]) == wanted[0]
+        return (of(found["case"]), of(found["seg"])) == wanted
+
+    if absent := sorted(set(known) - set(digests)):
+        report.missing.append(f"cases {_first(absent)}: copy or convert them again")
+    present = sorted(set(known) & set(digests))
+    whole = [case for case in present if len(digests[case]["case"]) == known[case][0]]
+    differing = [case for case in whole if not equal(case)]
+    strangers = sorted(set(digests) - set(known))
+    if differing == whole and not strangers and not report.odd and len(whole) > 1:
+        report.checksums = "re-encoded"
+    elif differing or strangers:
+        report.checksums, report.altered = "altered", sorted(differing + strangers)
+    else:
+        report.checksums = "unmodified" if whole else "incomplete"
