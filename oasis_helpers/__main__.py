@@ -7,7 +7,6 @@ import ast
 import json
 import os
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,75 +44,113 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .data import find_data, load_slices
+    from .data import OASISDataset, find_data, load_slices
     from .training import PROFILES, pick_device, train_to
 
     config = _with_settings(PROFILES[args.profile], args.set)
     location = find_data(args.data)
-    quiet = int(os.environ.get("RANK", 0)) > 0  # accelerate launch starts several; one talks
+    quiet = int(os.environ.get("RANK", 0)) > 0  # torchrun starts several; one talks
     device = pick_device()
     if not quiet:
         print(f"{location}; {args.profile} profile, {config.steps} steps on {device}", flush=True)
-    slices = load_slices(location.train, config.image_size)
+    slices = load_slices(location.train, config.objective.image_size)
+    card = {"data": f"{location.kind}: {len(set(OASISDataset(location.train).case_ids))} cases"}
     states = train_to(
-        args.out, config, slices, resume=args.resume, every=args.every, data=location.kind, device=str(device)
+        args.out, config, slices, resume=args.resume, every=args.every, device=device, card=card
     )
     with tqdm(total=config.steps, unit="step", disable=quiet) as bar:
         for state in states:
-            bar.update(state.step - bar.n)
-            bar.set_postfix(loss=f"{state.loss:.4f}", img_s=f"{state.images_per_second:.0f}")
-    if not quiet:
+            # Only when the bar is drawn: to look at a loss is to wait for a GPU.
+            if bar.update(state.step - bar.n):
+                bar.set_postfix(loss=f"{state.loss:.4f}", img_s=f"{state.images_per_second:.0f}")
+    if not quiet and Path(args.out).expanduser().exists():
         print(f"weights in {args.out}")
     return 0
 
 
 def _with_settings(config, settings: list[str]):
     """``config`` with each ``key=value`` of ``--set`` in the place of the profile's."""
-    changes = {}
+    known, changes = config.settings(), {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or key not in {f.name for f in fields(config)}:
-            known = ", ".join(f.name for f in fields(config))
-            raise ValueError(f"--set {setting}: give key=value with one of the keys {known}.")
+        if not equals or key not in known:
+            raise ValueError(f"--set {setting}: give key=value with one of the keys {', '.join(known)}.")
         try:
             changes[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             changes[key] = value  # a word, such as cosine
-        now = getattr(config, key)
-        right = (int, float) if isinstance(now, float) or now is None else type(now)
-        if not isinstance(changes[key], right):
-            raise ValueError(f"--set {setting}: {key} is now {now!r}; give a value of the same kind.")
-    return replace(config, **changes)
+        if not _is_like(changes[key], known[key], optional=key == "min_snr_gamma"):
+            raise ValueError(f"--set {setting}: {key} is now {known[key]!r}; give a value of the same kind.")
+    return config.replace(**changes)
 
 
-def _draw(args: argparse.Namespace):
-    """Samples of the weights and by the method that ``args`` name."""
-    from .sampling import sample
+def _is_like(value, now, optional: bool) -> bool:
+    if optional and (value is None or now is None):
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    if isinstance(now, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(now)
+
+
+BATCH = 64  # images drawn at once
+
+
+def _draw(args: argparse.Namespace, denoise):
+    """As many samples as ``args`` name: the first batch from its seed, each next from one of its own."""
+    import torch
+
+    from .sampling import clipped, sample
+    from .seeds import generator
+
+    counts = [min(BATCH, args.number - start) for start in range(0, args.number, BATCH)]
+    steps = denoise.schedule.T if args.method == "ddpm" else args.steps
+    images = []
+    with tqdm(total=steps * len(counts), unit="step") as bar:
+        for number, count in enumerate(counts):
+            seed = generator(args.seed, number).initial_seed() if number else args.seed
+            for state in sample(clipped(denoise), count, method=args.method, steps=steps, seed=seed):  # noqa: B007
+                bar.update()
+            images.append(state.x.cpu())
+    return torch.cat(images)
+
+
+def _denoiser(args: argparse.Namespace):
+    """The denoiser that ``args`` name, once it is clear that samples can be drawn from it."""
+    from .seeds import check_seed
     from .training import WEIGHTS, load_weights, pick_device
 
-    model, config = load_weights(args.weights or WEIGHTS, pick_device())
-    shape = (args.number, 1, config.image_size, config.image_size)
-    steps = config.T if args.method == "ddpm" else args.steps
-    states = sample(
-        model, config.make_schedule(), shape, method=args.method, steps=steps, seed=args.seed,
-        prediction=config.prediction,
-    )  # fmt: skip
-    for state in tqdm(states, total=steps, unit="step"):  # noqa: B007
-        pass
-    return state.x.cpu()
+    check_seed(args.seed)
+    if args.number < 1:
+        raise ValueError(f"--number {args.number}: ask for at least one.")
+    denoise = load_weights(args.weights or WEIGHTS, pick_device())
+    if not 1 <= args.steps <= denoise.schedule.T:
+        raise ValueError(f"--steps {args.steps}: give 1 to {denoise.schedule.T}.")
+    return denoise
 
 
-def _refuse_to_overwrite(path: Path) -> None:
+def _new_file(path: Path) -> Path:
+    """``path`` in a folder that is there, or an error before any work is done."""
     if path.exists():
         raise FileExistsError(f"{path} exists. Give another --out: nothing is overwritten.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"{path}: {path.parent} is a file, not a folder. Give another --out."
+        ) from None
+    return path
 
 
 def _sample(args: argparse.Namespace) -> int:
     from .plots import grid
 
-    out = Path(args.out)
-    _refuse_to_overwrite(out)
-    figure = grid(list(_draw(args)), columns=min(8, args.number), title="synthetic – not for diagnosis")
+    out = Path(args.out).expanduser()
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png.")
+    denoise = _denoiser(args)
+    _new_file(out)
+    images = _draw(args, denoise)
+    figure = grid(list(images), columns=min(8, args.number), title="synthetic – not for diagnosis")
     figure.savefig(out, dpi=150)
     print(f"{args.number} samples in {out}")
     return 0
@@ -122,27 +159,32 @@ def _sample(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from . import evaluation, plots
     from .data import find_data
-    from .training import WEIGHTS, pick_device
+    from .training import WEIGHTS, pick_device, read_header
 
-    table, picture = (Path(f"{args.out}.{ending}") for ending in ("json", "png"))
-    for path in (table, picture):
-        _refuse_to_overwrite(path)
     if args.number < evaluation.LEAST:
         raise ValueError(f"--number {args.number}: give at least {evaluation.LEAST}.")
-    location, segmenter = find_data(args.data), evaluation.load_segmenter(device=pick_device())
-    images = _draw(args)
+    location, judge = find_data(args.data), Path(args.segmenter or evaluation.SEGMENTER)
+    denoise, segmenter = _denoiser(args), evaluation.load_segmenter(judge, pick_device())
+    table, picture = (_new_file(Path(f"{args.out}.{ending}").expanduser()) for ending in ("json", "png"))
     splits = [evaluation.load_split(location.folder(s), segmenter) for s in ("train", "validate", "test")]
+    evaluation.memorisation(
+        splits[2].features, *(s.features for s in splits)
+    )  # enough of them? before the work
+    images = _draw(args, denoise)
     found = evaluation.evaluate(images, *splits, segmenter)
 
-    weights = Path(args.weights or WEIGHTS).name
+    weights = Path(args.weights or WEIGHTS)
     steps = "" if args.method == "ddpm" else f"{args.steps} steps, "
-    setting = f"{weights}: {args.number} samples, {args.method}, {steps}seed {args.seed}; {location}"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(json.dumps({"setting": setting, "rows": found.rows}, indent=1) + "\n", encoding="utf-8")
+    setting = f"{weights.name}: {args.number} samples, {args.method}, {steps}seed {args.seed}; {location}"
+    notes = evaluation.notes(found, read_header(weights).card, location, read_header(judge).card)
+    report = {"setting": setting, "notes": notes, "rows": found.rows}
+    table.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     figure = plots.evaluation_panel(found.rows, found.anatomy, list(images[:16]), found.pairs, setting)
     picture.write_bytes(plots.png(figure, dpi=100))
     for name, row in found.rows.items():
         print(f"{name:<17} KID {row['KID']:8.3f}   95 %: {row['KID, low']:.3f} to {row['KID, high']:.3f}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"all figures in {table}, with pictures in {picture}")
     return 0
 
@@ -194,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
         help="instead of the profile's, as steps=1000",
     )
     p.add_argument("--every", type=int, default=500, help="steps between checkpoints")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT.run")
     p.set_defaults(run=_train)
 
     p = commands.add_parser("sample", help="draw slices from weights into one picture", **show)
@@ -211,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("weights", nargs="?", help="file of weights (default: those that ship)")
     p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
+    p.add_argument("--segmenter", help="file of a segmenter (default: the one that ships, made on phantoms)")
     p.add_argument("--out", default="evaluation", help="files to write: OUT.json and OUT.png")
     p.add_argument("--number", type=int, default=512, help="how many samples to draw, at least 100")
     p.add_argument("--method", choices=("ddpm", "ddim", "dpm_solver", "heun"), default="ddim")
@@ -226,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(stop.args[0] if stop.args else "stopped", file=sys.stderr)

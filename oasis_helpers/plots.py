@@ -30,6 +30,14 @@ def upright(image: Picture) -> np.ndarray:
     Takes a PIL image or uint8 array (0–255), a float tensor in [−1, 1] with or without its
     channel axis, or a long tensor of class ids (returned as they are).
     """
+    array = _turned(image)
+    if array.dtype == np.uint8:
+        return array / 255
+    return np.clip(array / 2 + 0.5, 0, 1) if array.dtype.kind == "f" else array
+
+
+def _turned(image: Picture) -> np.ndarray:
+    """The values of a slice as they are, anterior up; of a mask the class ids."""
     if isinstance(image, Tensor):
         array = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
     else:
@@ -37,11 +45,13 @@ def upright(image: Picture) -> np.ndarray:
     array = array.squeeze()
     if array.ndim != 2:
         raise ValueError(f"the image has shape {array.shape}: give one slice, (H, W) or (1, H, W).")
-    if array.dtype == np.uint8:
-        array = array / 255
-    elif array.dtype.kind == "f":
-        array = np.clip(array / 2 + 0.5, 0, 1)
     return np.rot90(array, 1)[:, ::-1]
+
+
+def _look(index: int) -> dict[str, str]:
+    """Colour and line of the curve with this number; the thirteenth looks like the first."""
+    styles = ("-", "--", "-.", ":")
+    return {"color": COLOURS[index % 6], "linestyle": styles[(index + 2 * (index // 6)) % 4]}
 
 
 def _image_axis(axis, image: Picture, title: str = "") -> None:
@@ -90,10 +100,9 @@ def lines(
     """Curves by name, each (x, y), with a legend when there are several. One point is drawn as a dot."""
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
-    styles = ("-", "--", "-.", ":", "-", "--")
-    for (name, (x, y)), colour, style in zip(curves.items(), COLOURS, styles):
+    for index, (name, (x, y)) in enumerate(curves.items()):
         dot = "o" if len(x) == 1 else None
-        axis.plot(np.asarray(x), np.asarray(y), style, marker=dot, color=colour, label=name, linewidth=1.6)
+        axis.plot(np.asarray(x), np.asarray(y), marker=dot, label=name, linewidth=1.6, **_look(index))
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if logx:
         axis.set_xscale("log")
@@ -125,8 +134,9 @@ def histograms(
     axis = figure.subplots()
     values = {name: np.asarray(v).ravel() for name, v in samples.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
-    for (name, found), colour in zip(values.items(), COLOURS):
-        axis.hist(found, edges, density=True, histtype="step", linewidth=1.6, color=colour, label=name)
+    for index, (name, found) in enumerate(values.items()):
+        look = _look(index) | {"linestyle": "-" if index < 6 else "--"}
+        axis.hist(found, edges, density=True, histtype="step", linewidth=1.6, label=name, **look)
     axis.set(xlabel=xlabel, ylabel="density", title=title)
     axis.spines[["top", "right"]].set_visible(False)
     if len(values) > 1:
@@ -141,7 +151,7 @@ def slice_panel(image: Picture, mask: Tensor | None = None, title: str = "", opa
     _image_axis(axes[0], image, title)
     if mask is not None:
         _image_axis(axes[1], image, "tissue mask")
-        classes = np.ma.masked_equal(upright(mask), 0)
+        classes = np.ma.masked_equal(_turned(mask), 0)
         axes[1].imshow(
             classes, cmap=ListedColormap(list(TISSUE_COLOURS.values())), vmin=1, vmax=3, alpha=opacity,
             interpolation="nearest",
@@ -208,8 +218,19 @@ def film_strip(frames: Sequence[bytes], columns: int) -> bytes:
     for index, frame in enumerate(opened):
         sheet.paste(frame, (index % columns * width, index // columns * height))
     buffer = io.BytesIO()
-    sheet.quantize(128).save(buffer, format="PNG", optimize=True)
+    sheet.quantize(palette=_palette(sheet), dither=Image.Dither.NONE).save(
+        buffer, format="PNG", optimize=True
+    )
     return buffer.getvalue()
+
+
+def _palette(sheet: Image.Image, size: int = 128) -> Image.Image:
+    """The colours of curves and tissues, which may fill few pixels, and those that serve the picture best."""
+    kept = [int(colour[i : i + 2], 16) for colour in (*COLOURS, "#FFFFFF", "#000000") for i in (1, 3, 5)]
+    best = sheet.quantize(size - len(kept) // 3).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(kept + best[: 3 * size - len(kept)])
+    return palette
 
 
 def show(figure: Figure, alt: str, dpi: int = 80) -> None:
@@ -328,9 +349,9 @@ def evaluation_panel(
             _image_axis(axis, image)
 
     for axis, name in zip(middle.subplots(1, 4), ("ventricles", "CSF", "grey", "symmetry")):
-        for (which, values), colour in zip(anatomy.items(), COLOURS):
-            known = values[name][~values[name].isnan()].numpy()
-            axis.hist(known, bins=25, density=True, histtype="step", color=colour, label=which, linewidth=1.5)
+        for index, (which, values) in enumerate(anatomy.items()):
+            known, look = values[name][~values[name].isnan()].numpy(), _look(index) | {"linestyle": "-"}
+            axis.hist(known, bins=25, density=True, histtype="step", label=which, linewidth=1.5, **look)
         axis.set(xlabel=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
