@@ -75,14 +75,14 @@ class ResBlock(nn.Module):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, head_channels: int) -> Tensor:
-    """Every row of q, (B, N, C), asks k and v, (B, M, C), in heads of ``head_channels`` → (B, N, C)."""
+    """Every row of q, (B, N, C), asks k and v, (B, M, C), in heads of ``head_channels`` → (B, C, N)."""
     q, k, v = (rows.unflatten(2, (-1, head_channels)).transpose(1, 2) for rows in (q, k, v))
     if q.device.type == "cpu":  # whose bf16 kernel takes several times as long backwards as the fp32 one
         with torch.autocast("cpu", enabled=False):
             attended = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     else:
         attended = F.scaled_dot_product_attention(q, k, v)
-    return attended.transpose(1, 2).flatten(2)
+    return attended.transpose(2, 3).flatten(1, 2)
 
 
 class AttentionBlock(nn.Module):
@@ -102,7 +102,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=2)
         attended = _attention(q, k, v, self.head_channels)
-        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.out(attended.reshape(x.shape))
 
 
 class CrossAttentionBlock(nn.Module):
@@ -124,7 +124,7 @@ class CrossAttentionBlock(nn.Module):
         q = self.q(self.norm(x)).flatten(2).transpose(1, 2)
         k, v = self.kv(self.norm_context(context)).chunk(2, dim=2)
         attended = _attention(q, k, v, self.head_channels)
-        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+        return x + self.out(attended.reshape(x.shape))
 
 
 class Downsample(nn.Module):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oasis_helpers import training
 from oasis_helpers.diffusion import NoiseSchedule, diffusion_loss
@@ -297,6 +298,27 @@ def test_late_numbers_change_nothing(monkeypatch):
     late = _run()
     assert [s.loss for s in now] == [s.loss for s in late]
     assert torch.equal(_weights(now[-1].model), _weights(late[-1].model))
+
+
+def test_a_late_step_reads_nothing_from_the_device(monkeypatch):
+    # Each such read is a wait for a GPU. What looks at t looks at it on the CPU only, so it is left out here.
+    monkeypatch.setattr(loop, "_is_late", lambda device: True)
+    monkeypatch.setattr(NoiseSchedule, "_pick", lambda self, values, t, dtype: values.to(dtype)[t])
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                reads.append(function)
+            return function(*arguments, **(settings or {}))
+
+    states = train(TINY, SLICES, device="cpu")
+    next(states)
+    with Reads():
+        next(states)
+        assert reads == []
+        float(torch.ones(1).sum())  # the count works
+        assert len(reads) == 1
 
 
 # ---- average ----------------------------------------------------------------------------------------
