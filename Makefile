@@ -11,12 +11,12 @@ READY := $(VENV)/.ready
 # One thread a process: two torch processes with two threads each on two cores wait for each other. Not
 # for the lab: there one network has all cores, and threads that sleep between layers make it several times slower.
 test notebooks figures fuzz bench: export OMP_NUM_THREADS ?= 1
-test notebooks figures fuzz bench: export OMP_WAIT_POLICY ?= PASSIVE
+test test-processors notebooks figures fuzz bench: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: lab test notebooks lint format phantoms figures fuzz bench quality clean help
+.PHONY: lab test test-processors notebooks lint format phantoms figures fuzz bench quality clean help
 
 help:
-	@sed -n '/^[a-z]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
+	@sed -n '/^[a-z-]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
 
 # The import at the end: a torch and a torchvision that do not fit fail here, not in a notebook.
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ lab: phantoms ## open the series in JupyterLab; PORT=8889 for another port, HEAD
 test: phantoms ## unit tests, then every notebook against its stored outputs
 	$(PY) -m pytest tests -n 2 --dist loadfile --cov=oasis_helpers --cov-report=term --cov-fail-under=90
 	$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadfile
+
+test-processors: phantoms ## every notebook as other processors and two threads run it (an hour or two)
+	$(PY) tests/processors.py
 
 notebooks: phantoms ## run the notebooks and store their outputs
 	$(PY) tests/notebook_tools.py

@@ -17,6 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent / "tests"))
 
 from notebook_tools import TRAINED, kernel_environment, picture_difference, pictures, with_stored_numbers
 
+MESSAGE_TIMEOUT = (
+    120  # seconds that nbval waits for each message of a kernel that has answered; its own are 5
+)
+
 os.environ.update(kernel_environment())
 os.environ.pop("OASIS_ROOT", None)
 
@@ -41,3 +45,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if type(item).__name__ == "IPyNbCell":
             item.compare_outputs = functools.partial(_compare, item, item.compare_outputs)
+            item.output_timeout = MESSAGE_TIMEOUT

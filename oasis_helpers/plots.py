@@ -219,19 +219,22 @@ def film_strip(frames: Sequence[bytes], columns: int) -> bytes:
     for index, frame in enumerate(opened):
         sheet.paste(frame, (index % columns * width, index // columns * height))
     buffer = io.BytesIO()
-    sheet.quantize(palette=_palette(sheet), dither=Image.Dither.NONE).save(
-        buffer, format="PNG", optimize=True
-    )
+    _with_few_colours(sheet).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _palette(sheet: Image.Image, size: int = 128) -> Image.Image:
-    """The colours of curves and tissues, which may fill few pixels, and those that serve the picture best."""
-    kept = [int(colour[i : i + 2], 16) for colour in (*COLOURS, "#FFFFFF", "#000000") for i in (1, 3, 5)]
-    best = sheet.quantize(size - len(kept) // 3).getpalette()
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(kept + best[: 3 * size - len(kept)])
-    return palette
+def _with_few_colours(sheet: Image.Image, colours: int = 128) -> Image.Image:
+    """The picture in the colours that serve it best, and in those of curves and tissues, however few."""
+    kept = [tuple(bytes.fromhex(colour[1:])) for colour in COLOURS]
+    small = sheet.quantize(colours - len(kept))
+    indices, pixels = np.array(small), np.asarray(sheet)
+    for place, colour in enumerate(kept, colours - len(kept)):
+        indices[(pixels == colour).all(2)] = place
+    palette = small.getpalette()[: 3 * (colours - len(kept))]
+    palette += [0] * (3 * (colours - len(kept)) - len(palette)) + [part for colour in kept for part in colour]
+    found = Image.fromarray(indices)
+    found.putpalette(palette)
+    return found
 
 
 def show(figure: Figure, alt: str, dpi: int = 80) -> None:

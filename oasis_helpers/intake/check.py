@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,49 +112,19 @@ def check_dataset(root: str | Path) -> DatasetReport:
     location = locate(Path(root).expanduser())
     report = DatasetReport(location.root, location.kind)
     known = _known_cases(location)
-    cases_of: dict[int, list[str]] = defaultdict(list)
+    splits_of: dict[int, list[str]] = defaultdict(list)
     digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
     jobs = []
     for split in SPLITS:
-        found = {}
-        for prefix, masks in (("case", False), ("seg", True)):
-            folder = location.folder(split, masks)
-            if not folder.is_dir():
-                report.missing.append(f"folder {folder.name}: unpack the archive again")
-                found[prefix] = {}
-            else:
-                found[prefix] = slices_in(folder, prefix)
-        images, masks = found["case"], found["seg"]
-        per_case = Counter(case for case, _ in images)
-        report.counts[split] = (len(images), len(per_case))
-        for case in per_case:
-            cases_of[case].append(split)
-        seg_folder = f"{DATASET_FOLDER}_seg_{split}"
-        folder = f"{DATASET_FOLDER}_{split}"
-        if location.folder(split, masks=True).is_dir():
-            report.missing += [
-                f"{seg_folder}/{mask_name(*k)}: the mask of a slice that is there"
-                for k in images
-                if k not in masks
-            ]
-        if location.folder(split).is_dir():
-            report.missing += [
-                f"{folder}/{image_name(*k)}: the image of a mask that is there"
-                for k in masks
-                if k not in images
-            ]
-        expected = max(per_case.values(), default=0)
-        if known:
-            expected = max(expected, *(slices for slices, _ in known.values()))
-        for case, number in per_case.items():
-            have = {index for c, index in images if c == case}
-            if number < expected or max(have) >= expected:
-                gone = [
-                    i for i in range(max(expected, max(have) + 1)) if i not in have and (case, i) not in masks
-                ]
-                report.missing += [f"{folder}/{image_name(case, i)}: a gap in the case" for i in gone]
+        found = _files_of(location, split, report)
+        cases = Counter(case for case, _ in found["case"])
+        report.counts[split] = (len(found["case"]), len(cases))
+        for case in cases:
+            splits_of[case].append(split)
+        report.missing += _without_partner(location, split, found)
+        report.missing += _gaps(split, found, cases, known)
         jobs += [(prefix, key, path) for prefix in found for key, path in found[prefix].items()]
-    for case, splits in sorted(cases_of.items()):
+    for case, splits in sorted(splits_of.items()):
         if len(splits) > 1:
             report.leaks.append(f"case {case:03d} is in {' and '.join(splits)}: keep it in one split")
 
@@ -165,6 +136,43 @@ def check_dataset(root: str | Path) -> DatasetReport:
     if known is not None:
         _compare_checksums(digests, known, report)
     return report
+
+
+_Files = dict[str, dict[tuple[int, int], Path]]  # "case" and "seg" → (case, slice) → file
+
+
+def _files_of(location: DataLocation, split: str, report: DatasetReport) -> _Files:
+    """The images and masks of a split; a folder that is not there is noted."""
+    found = {}
+    for prefix, masks in (("case", False), ("seg", True)):
+        folder = location.folder(split, masks)
+        if not folder.is_dir():
+            report.missing.append(f"folder {folder.name}: unpack the archive again")
+        found[prefix] = slices_in(folder, prefix) if folder.is_dir() else {}
+    return found
+
+
+def _without_partner(location: DataLocation, split: str, found: _Files) -> Iterator[str]:
+    """A line for each image without its mask and each mask without its image."""
+    for prefix, other, name, words in (
+        ("seg", "case", mask_name, "the mask of a slice that is there"),
+        ("case", "seg", image_name, "the image of a mask that is there"),
+    ):
+        folder = location.folder(split, masks=prefix == "seg")
+        if folder.is_dir():
+            yield from (f"{folder.name}/{name(*k)}: {words}" for k in found[other] if k not in found[prefix])
+
+
+def _gaps(split: str, found: _Files, cases: Counter[int], known: dict | None) -> Iterator[str]:
+    """A line for each slice that a case lacks, by what the other cases of its set have."""
+    expected = max(cases.values(), default=0)
+    if known:
+        expected = max(expected, *(slices for slices, _ in known.values()))
+    for case in cases:
+        have = {index for c, index in found["case"] if c == case}
+        for index in range(max(expected, max(have) + 1)):
+            if index not in have and (case, index) not in found["seg"]:  # with a mask it is named already
+                yield f"{DATASET_FOLDER}_{split}/{image_name(case, index)}: a gap in the case"
 
 
 def _check_file(path: Path, report: DatasetReport, prefix: str, like_course: bool) -> None:

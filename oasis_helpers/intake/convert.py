@@ -558,19 +558,12 @@ def convert(
 
     rows = {c: row for c, row in read_rows(root).items() if all(p.exists() for p in _files_of(root, row))}
     report = ConversionReport(DataLocation(root, "oasis"), str(source), kept=len(rows))
-    archives = [source] if source.is_file() else _archives_in(source)
-    is_stream = bool(archives) and kind_of(archives[0]) != "zip" and not _has_tree(source)
     with tqdm(total=100, desc="converting", unit="%", file=sys.stderr, disable=size < _QUICK) as bar:
 
         def advance(share: float) -> None:
             bar.update(round(100 * share, 1) - bar.n)
 
-        if is_stream:
-            if format == "course":
-                raise ValueError(f"{source} holds PNGs in a tar. Unpack it and give the folder.")
-            cases = _streamed(archives, format, stripped, set(rows), advance, report.left_out.append)
-        else:
-            cases = _grouped(source, format, stripped, set(rows), advance)
+        cases = _cases_of(source, format, stripped, set(rows), advance, report.left_out.append)
         for row, left_out, notes in _in_threads(cases, workers or joblib.cpu_count(), root, format):
             report.left_out += left_out
             report.notes += notes
@@ -585,19 +578,32 @@ def convert(
         write_subjects(root, {c: people[c] for c in sorted(rows) if c in people})
         if unknown := sorted(set(rows) - set(people)):
             report.notes.append(f"{len(unknown)} cases are not in {subjects}, the first is {unknown[0]}")
-    for split in SPLITS:
-        if rows and not any(row.split == split for row in rows.values()):
-            report.notes.append(
-                f"there is no case for {split} yet, and the notebooks need all three splits. "
-                "The course holds out ids from 402: convert the later discs into the same folder"
-            )
+    report.notes += _empty_splits(rows)
     if not rows:
         report.left_out.append(f"{source}: no case could be used")
     return report
 
 
-def _has_tree(source: Path) -> bool:
-    return source.is_dir() and next(_folder_members(source), None) is not None
+def _empty_splits(rows: dict[int, CaseRow]) -> Iterator[str]:
+    for split in SPLITS:
+        if rows and not any(row.split == split for row in rows.values()):
+            yield (
+                f"there is no case for {split} yet, and the notebooks need all three splits. "
+                "The course holds out ids from 402: convert the later discs into the same folder"
+            )
+
+
+def _cases_of(
+    source: Path, format: str, stripped: bool, done: set[int], advance, broken: Callable[[str], None]
+) -> Iterator[_Case]:
+    """The subjects of a source: of tars as they come by, of a zip or folder by their names."""
+    archives = [source] if source.is_file() else _archives_in(source)
+    has_tree = source.is_dir() and next(_folder_members(source), None) is not None
+    if not archives or has_tree or kind_of(archives[0]) == "zip":
+        return _grouped(source, format, stripped, done, advance)
+    if format == "course":
+        raise ValueError(f"{source} holds PNGs in a tar. Unpack it and give the folder.")
+    return _streamed(archives, format, stripped, done, advance, broken)
 
 
 def _in_threads(cases: Iterator[_Case], workers: int, root: Path, format: str):
