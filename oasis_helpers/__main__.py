@@ -107,7 +107,8 @@ def _draw(args: argparse.Namespace, denoise):
     images = []
     with tqdm(total=steps * len(counts), unit="step") as bar:
         for number, count in enumerate(counts):
-            seed = generator(args.seed, number).initial_seed() if number else args.seed
+            # The batch in the place of the seed: batch 1 of seed 0 is then not batch 0 of seed 1.
+            seed = generator(number, args.seed).initial_seed()
             for state in sample(clipped(denoise), count, method=args.method, steps=steps, seed=seed):  # noqa: B007
                 bar.update()
             images.append(state.x.cpu())
@@ -123,21 +124,21 @@ def _denoiser(args: argparse.Namespace):
     if args.number < 1:
         raise ValueError(f"--number {args.number}: ask for at least one.")
     denoise = load_weights(args.weights or WEIGHTS, pick_device())
-    if not 1 <= args.steps <= denoise.schedule.T:
+    if args.method != "ddpm" and not 1 <= args.steps <= denoise.schedule.T:
         raise ValueError(f"--steps {args.steps}: give 1 to {denoise.schedule.T}.")
     return denoise
 
 
 def _new_file(path: Path) -> Path:
-    """``path`` in a folder that is there, or an error before any work is done."""
+    """``path`` in a folder that is there and can be written to, or an error before any work is done."""
     if path.exists():
         raise FileExistsError(f"{path} exists. Give another --out: nothing is overwritten.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(
-            f"{path}: {path.parent} is a file, not a folder. Give another --out."
-        ) from None
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"{path}: {parent} is a file, not a folder. Give another --out.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} cannot be written to. Give another --out.")
     return path
 
 
@@ -163,13 +164,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     if args.number < evaluation.LEAST:
         raise ValueError(f"--number {args.number}: give at least {evaluation.LEAST}.")
-    location, judge = find_data(args.data), Path(args.segmenter or evaluation.SEGMENTER)
+    out, judge = Path(args.out).expanduser(), Path(args.segmenter or evaluation.SEGMENTER)
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder: give a name for the two files, as {out / 'evaluation'}.")
     denoise, segmenter = _denoiser(args), evaluation.load_segmenter(judge, pick_device())
-    table, picture = (_new_file(Path(f"{args.out}.{ending}").expanduser()) for ending in ("json", "png"))
+    table, picture = (_new_file(out.with_name(f"{out.name}.{ending}")) for ending in ("json", "png"))
+    location = find_data(args.data)
     splits = [evaluation.load_split(location.folder(s), segmenter) for s in ("train", "validate", "test")]
-    evaluation.memorisation(
-        splits[2].features, *(s.features for s in splits)
-    )  # enough of them? before the work
+    evaluation.check_splits(*splits[1:])
     images = _draw(args, denoise)
     found = evaluation.evaluate(images, *splits, segmenter)
 
@@ -190,23 +192,26 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    show = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m oasis_helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    p = commands.add_parser(
-        "phantoms", help="make phantom subjects in the layout of the OASIS course set", **show
-    )
+    p = commands.add_parser("phantoms", help="make phantom subjects in the layout of the OASIS course set")
     p.add_argument("out", nargs="?", help="new folder (without it: the default set, in the cache)")
     own = {"type": int, "default": argparse.SUPPRESS}
-    p.add_argument("--cases", nargs=3, metavar=("TRAIN", "VALIDATE", "TEST"), help="(default: 36 6 6)", **own)
+    p.add_argument(
+        "--cases",
+        nargs=3,
+        metavar=("TRAIN", "VALIDATE", "TEST"),
+        help="cases of each split (default: 36 6 6)",
+        **own,
+    )
     p.add_argument("--slices", help="planes per case, 1 to 32 (default: 32)", **own)
     p.add_argument("--seed", help="another seed, other subjects (default: 0)", **own)
     p.add_argument("--workers", type=int, help="processes (default: one per CPU)")
     p.set_defaults(run=_phantoms)
 
     p = commands.add_parser(
-        "convert", help="bring your copy of OASIS, whatever its form, into the course set's layout", **show
+        "convert", help="bring your copy of OASIS, whatever its form, into the course set's layout"
     )
     p.add_argument(
         "source",
@@ -220,14 +225,21 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="overwrite what is in OUT")
     p.set_defaults(run=_convert)
 
-    p = commands.add_parser("check", help="report what is missing, damaged or altered in a data set", **show)
+    p = commands.add_parser("check", help="report what is missing, damaged or altered in a data set")
     p.add_argument("root", help="folder that holds keras_png_slices_train and its five sisters")
     p.set_defaults(run=_check)
 
-    p = commands.add_parser("train", help="train a network and write its weights", **show)
-    p.add_argument("--profile", choices=("quick", "laptop", "full"), default="quick")
+    p = commands.add_parser("train", help="train a network and write its weights")
+    p.add_argument(
+        "--profile",
+        choices=("quick", "laptop", "full"),
+        default="quick",
+        help="settings to start from (default: %(default)s)",
+    )
     p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
-    p.add_argument("--out", default="runs/weights.safetensors", help="file for the weights")
+    p.add_argument(
+        "--out", default="runs/weights.safetensors", help="file for the weights (default: %(default)s)"
+    )
     p.add_argument(
         "--set",
         nargs="+",
@@ -235,32 +247,49 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="instead of the profile's, as steps=1000",
     )
-    p.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    p.add_argument("--every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT.run")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("sample", help="draw slices from weights into one picture", **show)
+    p = commands.add_parser("sample", help="draw slices from weights into one picture")
     p.add_argument("--weights", help="file of weights (default: those that ship)")
-    p.add_argument("--out", default="samples.png", help="PNG to write")
-    p.add_argument("--number", type=int, default=16)
-    p.add_argument("--method", choices=("ddpm", "ddim", "dpm_solver", "heun"), default="ddim")
-    p.add_argument("--steps", type=int, default=50, help="not for ddpm, which takes all")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="samples.png", help="PNG to write (default: %(default)s)")
+    p.add_argument("--number", type=int, default=16, help="how many samples to draw (default: %(default)s)")
+    _add_drawing(p)
     p.set_defaults(run=_sample)
 
     p = commands.add_parser(
-        "evaluate", help="judge weights by held-out slices: a table (JSON) and a picture", **show,
+        "evaluate", help="judge weights by held-out slices: a table (JSON) and a picture",
     )  # fmt: skip
     p.add_argument("weights", nargs="?", help="file of weights (default: those that ship)")
     p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
     p.add_argument("--segmenter", help="file of a segmenter (default: the one that ships, made on phantoms)")
-    p.add_argument("--out", default="evaluation", help="files to write: OUT.json and OUT.png")
-    p.add_argument("--number", type=int, default=512, help="how many samples to draw, at least 100")
-    p.add_argument("--method", choices=("ddpm", "ddim", "dpm_solver", "heun"), default="ddim")
-    p.add_argument("--steps", type=int, default=50, help="not for ddpm, which takes all")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--out", default="evaluation", help="files to write: OUT.json and OUT.png (default: %(default)s)"
+    )
+    p.add_argument(
+        "--number",
+        type=int,
+        default=512,
+        help="how many samples to draw, at least 100 (default: %(default)s)",
+    )
+    _add_drawing(p)
     p.set_defaults(run=_evaluate)
     return parser
+
+
+def _add_drawing(p: argparse.ArgumentParser) -> None:
+    """How samples are drawn, for the commands that draw them."""
+    p.add_argument(
+        "--method",
+        choices=("ddpm", "ddim", "dpm_solver", "heun"),
+        default="ddim",
+        help="sampler (default: %(default)s)",
+    )
+    p.add_argument(
+        "--steps", type=int, default=50, help="not for ddpm, which takes all (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
 
 
 def main(arguments: list[str] | None = None) -> int:

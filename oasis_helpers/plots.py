@@ -18,6 +18,7 @@ from torch import Tensor
 
 BLUE, ORANGE, GREEN, PINK, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, YELLOW)
+_STYLES = ("-", "--", "-.", ":")
 TISSUE_COLOURS = {1: SKY, 2: ORANGE, 3: YELLOW}
 TISSUE_NAMES = {0: "background", 1: "CSF", 2: "grey matter", 3: "white matter"}
 
@@ -48,10 +49,10 @@ def _turned(image: Picture) -> np.ndarray:
     return np.rot90(array, 1)[:, ::-1]
 
 
-def _look(index: int) -> dict[str, str]:
-    """Colour and line of the curve with this number; the thirteenth looks like the first."""
-    styles = ("-", "--", "-.", ":")
-    return {"color": COLOURS[index % 6], "linestyle": styles[(index + 2 * (index // 6)) % 4]}
+def _look(index: int, solid: bool = False) -> dict[str, str]:
+    """Colour and line of the curve with this number: 24 differ. ``solid``: as long as colours suffice."""
+    turn, colour = divmod(index, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": _STYLES[(turn + (0 if solid else colour)) % 4]}
 
 
 def _image_axis(axis, image: Picture, title: str = "") -> None:
@@ -135,7 +136,7 @@ def histograms(
     values = {name: np.asarray(v).ravel() for name, v in samples.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
     for index, (name, found) in enumerate(values.items()):
-        look = _look(index) | {"linestyle": "-" if index < 6 else "--"}
+        look = _look(index, solid=True)
         axis.hist(found, edges, density=True, histtype="step", linewidth=1.6, label=name, **look)
     axis.set(xlabel=xlabel, ylabel="density", title=title)
     axis.spines[["top", "right"]].set_visible(False)
@@ -353,7 +354,7 @@ def evaluation_panel(
 
     for axis, name in zip(middle.subplots(1, 4), ("ventricles", "CSF", "grey", "symmetry")):
         for index, (which, values) in enumerate(anatomy.items()):
-            known, look = values[name][~values[name].isnan()].numpy(), _look(index) | {"linestyle": "-"}
+            known, look = values[name][~values[name].isnan()].numpy(), _look(index, solid=True)
             axis.hist(known, bins=25, density=True, histtype="step", label=which, linewidth=1.5, **look)
         axis.set(xlabel=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)

@@ -1,15 +1,24 @@
+import json
+import shutil
+from functools import partial
+
 import pytest
 import torch
+from PIL import Image
 
+from oasis_helpers import __main__ as command_line
+from oasis_helpers import evaluation
 from oasis_helpers.data import load_masks, load_slices, to_unit_range
 from oasis_helpers.evaluation import (
     PIXEL,
+    Evaluation,
     Segmenter,
     Split,
     anatomy,
     anatomy_distances,
     bootstrap,
     check_images,
+    check_splits,
     dice,
     embed,
     evaluate,
@@ -20,13 +29,15 @@ from oasis_helpers.evaluation import (
     memorisation,
     ms_ssim,
     nearest_images,
+    notes,
     precision_recall,
     resize_for_segmenter,
     save_segmenter,
     segment,
     train_segmenter,
 )
-from oasis_helpers.training import WEIGHTS
+from oasis_helpers.layout import DataLocation
+from oasis_helpers.training import WEIGHTS, TrainConfig, save_weights
 
 
 def _images(count=4, seed=0):
@@ -123,16 +134,30 @@ def test_wrong_images_are_named(images, message):
 
 def test_a_segmenter_learns_repeatably_and_comes_back(phantoms, tmp_path):
     slices, masks = load_slices(phantoms.train, 64), load_masks(_masks_folder(phantoms.train), 64)
-    runs = [list(train_segmenter(slices, masks, steps=12, batch_size=4)) for _ in range(2)]
-    losses = [[loss for _, loss, _ in run] for run in runs]
-    assert losses[0] == losses[1]
-    assert losses[0][-1] < 0.9 * losses[0][0]
-    model = runs[0][-1][2]
+    runs = [train_segmenter(slices, masks, steps=12, batch_size=4) for _ in range(2)]
+    *states, last = runs[0]
+    losses = [state.loss for state in states]
+    assert [next(runs[1]).loss for _ in range(2)] == losses[:2]
+    assert last.loss < 0.9 * losses[0]
+    model = last.model
     images = to_unit_range(slices)
     features = embed(images, model)
     assert torch.allclose(features.mean(0), torch.zeros(model.num_features), atol=1e-4)
-    save_segmenter(tmp_path / "s.safetensors", model, data="phantoms")
+    save_segmenter(tmp_path / "s.safetensors", model, {"data": "phantoms"})
     assert torch.equal(embed(images, load_segmenter(tmp_path / "s.safetensors")), features)
+
+
+@pytest.mark.parametrize(
+    ("slices", "masks", "message"),
+    [
+        ((8, 1, 64, 64), (7, 64, 64), "8 slices and masks of shape \\(7, 64, 64\\)"),
+        ((8, 1, 64, 64), (8, 32, 32), "8 slices and masks of shape \\(8, 32, 32\\)"),
+        ((8, 64, 64), (8, 64, 64), "give uint8 \\(N, 1, 64, 64\\)"),
+    ],
+)
+def test_masks_that_are_not_those_of_the_slices_are_refused(slices, masks, message):
+    with pytest.raises(ValueError, match=message):
+        next(train_segmenter(*(torch.zeros(shape, dtype=torch.uint8) for shape in (slices, masks))))
 
 
 def test_wrong_files_are_named(tmp_path):
@@ -273,7 +298,9 @@ def test_distances_of_anatomy_are_in_deviations():
     values = _points(4000)[:, 0].double()
     found = anatomy_distances({"brain": values}, {"brain": values + 0.5 * values.std()})
     assert found["brain"] == pytest.approx(0.5, rel=0.02)
-    assert anatomy_distances({"brain": values}, {"brain": values * float("nan")})["brain"] == float("inf")
+    # JSON knows no infinity: what is not there is None
+    assert anatomy_distances({"brain": values}, {"brain": values * float("nan")}) == {"brain": None}
+    assert anatomy_distances({"brain": values * 0}, {"brain": values}) == {"brain": None}
 
 
 # ---- copies ---------------------------------------------------------------------------------------
@@ -343,7 +370,7 @@ def test_an_overfitted_model_is_caught(splits):
 
 
 def test_images_of_another_size_are_scaled():
-    assert resize_for_segmenter(_images(2)) is not None
+    assert torch.equal(resize_for_segmenter(_images(2)), _images(2))
     small = torch.nn.functional.avg_pool2d(_images(2), 2)
     assert resize_for_segmenter(small).shape == (2, 1, 64, 64)
     assert resize_for_segmenter(3 * _images(2)).abs().max() == 1
@@ -383,3 +410,125 @@ def test_copies_are_not_searched_among_other_features():
     sets = [_points(150) for _ in range(3)]
     with pytest.raises(ValueError, match="different networks"):
         memorisation(_points(150, dimensions=3), *sets)
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ([1, 2] * 49, "the test split has 98 slices of 2 cases: a report needs 100"),
+        ([1] * 120, "120 slices of 1 cases: a report needs 100, and for each of them 5 of other cases"),
+        ([1] * 116 + [2] * 4, "120 slices of 2 cases"),
+    ],
+)
+def test_too_few_slices_to_compare_with_are_refused(splits, cases, message):
+    (_, validate, _), _ = splits
+    check_splits(validate, validate)
+    with pytest.raises(ValueError, match=message):
+        check_splits(validate, Split(validate.images, validate.features, cases))
+
+
+@pytest.mark.parametrize(
+    ("kind", "learned_from", "judge", "said"),
+    [
+        ("phantoms", "phantoms: 302 cases, recipe 2", "phantoms", ["36 training cases of the 302 that"]),
+        ("oasis", "oasis: 302 cases", "oasis", ["36 training cases of the 302 that"]),
+        ("oasis", "", "oasis", ["36 training cases; the weights do not say how many they saw"]),
+        ("oasis", "phantoms: 302 cases", "phantoms, 302 training cases",
+         ["saw none of them: they learned from phantoms: 302 cases", "phantoms and judges other data"]),
+    ],
+)  # fmt: skip
+def test_a_report_says_how_far_it_searched_and_whether_its_judge_fits(
+    tmp_path, kind, learned_from, judge, said
+):
+    report, location = Evaluation({}, {}, [], 36), DataLocation(tmp_path, kind)
+    found = notes(report, {"data": learned_from} if learned_from else {}, location, {"data": judge})
+    assert len(found) == len(said)
+    assert all(part in line for part, line in zip(said, found)), found
+
+
+# ---- the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(splits, tmp_path, monkeypatch):
+    """``evaluate`` on a folder that holds no phantoms, with small weights, ready to run."""
+    found = dict(zip(("train", "validate", "test"), splits[0]))
+    monkeypatch.setattr(evaluation, "load_split", lambda folder, _: found[folder.name.rsplit("_")[-1]])
+    monkeypatch.setattr(evaluation, "evaluate", partial(evaluate, rounds=2))
+    (tmp_path / "data" / "keras_png_slices_train").mkdir(parents=True)
+    config = TrainConfig().replace(
+        image_size=16, base_channels=8, channel_mult=(1, 2), attention_levels=(), T=20
+    )
+    weights = tmp_path / "small.safetensors"
+    save_weights(weights, config.make_network(), config, {"data": "oasis: 302 cases"})
+    return ["evaluate", str(weights), "--data", str(tmp_path / "data"), "--number", "100", "--steps", "2"]
+
+
+def _not_json(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_the_command_writes_a_report_and_overwrites_none(command, tmp_path, capsys):
+    out = tmp_path / "new" / "report.v1"
+    assert command_line.main([*command, "--out", str(out)]) == 0
+    table, picture = out.with_name("report.v1.json"), out.with_name("report.v1.png")
+    assert sorted(out.parent.iterdir()) == [table, picture]
+    report = json.loads(table.read_text(encoding="utf-8"), parse_constant=_not_json)
+    assert report["setting"] == "small.safetensors: 100 samples, ddim, 2 steps, seed 0; OASIS, 0 cases"
+    assert list(report["rows"]) == ["generated", "held-out slices", "mean of training", "noise"]
+    assert report["rows"]["generated"]["FID"] is None
+    assert report["rows"]["held-out slices"]["KID"] < report["rows"]["generated"]["KID"]
+    assert [note.split(":")[0] for note in report["notes"]] == [
+        "copies were searched for among 4 training cases of the 302 that the weights saw",
+        "the segmenter learned from phantoms and judges other data",
+    ]
+    printed = capsys.readouterr()
+    assert [line for line in printed.err.splitlines() if line.startswith("note: ")] == [
+        f"note: {note}" for note in report["notes"]
+    ]
+    assert f"generated         KID {report['rows']['generated']['KID']:8.3f}" in printed.out
+    assert Image.open(picture).size == (1100, 1050)
+    before = table.read_bytes(), picture.read_bytes()
+    assert command_line.main([*command, "--out", str(out)]) == 1
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert (table.read_bytes(), picture.read_bytes()) == before
+
+
+def test_a_segmenter_of_ones_own_judges(command, tmp_path, monkeypatch, capsys):
+    save_segmenter(tmp_path / "s.safetensors", load_segmenter(), {"data": "oasis: 302 cases"})
+    monkeypatch.setattr(command_line, "_draw", lambda *_: _images(100))
+    row = {"KID": 0.0, "KID, low": 0.0, "KID, high": 1.0, "FID": None}
+    bodies = dict.fromkeys(("ventricles", "CSF", "grey", "symmetry"), torch.rand(9))
+    report = Evaluation({"generated": row}, {"real": bodies}, [], 36)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: report)
+    own = [*command, "--segmenter", str(tmp_path / "s.safetensors"), "--out", str(tmp_path / "r")]
+    assert command_line.main(own) == 0
+    assert len(json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["notes"]) == 1  # no warning
+    assert "note: the segmenter" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_judged_is_said_before_anything_is_drawn(
+    command, phantoms, tmp_path, monkeypatch, capsys
+):
+    def drawn(*_):
+        raise AssertionError("it was drawn first")
+
+    monkeypatch.setattr(command_line, "_draw", drawn)
+    for more, message in (
+        (["--number", "99"], "--number 99: give at least 100"),
+        (["--out", str(tmp_path)], f"{tmp_path} is a folder"),
+        (["--out", f"{tmp_path}/small.safetensors/r"], "small.safetensors is a file, not a folder"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--steps", "21"], "--steps 21: give 1 to 20"),
+        (["--segmenter", str(tmp_path / "small.safetensors")], "holds no segmenter"),
+        (["--data", str(tmp_path / "nowhere")], "nowhere does not exist"),
+    ):
+        assert command_line.main([*command, "--out", str(tmp_path / "r"), *more]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    monkeypatch.setattr(evaluation, "load_split", load_split)
+    assert command_line.main([*command, "--out", str(tmp_path / "r"), "--data", str(phantoms.root)]) == 1
+    assert "the validate split has 4 slices of 1 cases" in capsys.readouterr().err
+    shutil.copytree(phantoms.train, tmp_path / "data" / phantoms.train.name, dirs_exist_ok=True)
+    assert command_line.main([*command, "--out", str(tmp_path / "r")]) == 1
+    assert "keras_png_slices_validate" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import ipywidgets
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -13,8 +14,12 @@ from oasis_helpers.sampling import SampleState
 from oasis_helpers.widgets import Live, Screen
 
 
+def _decoded(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
 def _pixels(figure):
-    return np.asarray(Image.open(io.BytesIO(plots.png(figure))).convert("RGB")).astype(int)
+    return _decoded(plots.png(figure))
 
 
 def test_upright_puts_anterior_up():
@@ -49,38 +54,105 @@ def test_a_single_point_can_be_seen():
     assert (with_point != _pixels(plots.lines(curves, "x", "y"))).any()
 
 
-def test_other_figures_show_their_data():
-    assert (
-        _pixels(plots.lines({"a": ([0, 1], [0, 1])}, "x", "y"))
-        != _pixels(plots.lines({"a": ([0, 1], [1, 0])}, "x", "y"))
-    ).any()
-    assert (
-        _pixels(
-            plots.lines({"a": ([1, 2], [1, 2]), "b": ([1, 2], [2, 1])}, "x", "y", logx=True, logy=True)
-        ).std()
-        > 0
+def test_lines_show_their_data():
+    curves = {"a": ([1, 2], [1, 3]), "b": ([1, 2], [2, 1])}
+    (axis,) = plots.lines(curves, "x", "y", title="t", logx=True, logy=True).axes
+    assert [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axis.lines] == list(
+        curves.values()
     )
-    assert (
-        _pixels(plots.bars({"a": 1.0, "b": 2.0}, "y")) != _pixels(plots.bars({"a": 2.0, "b": 2.0}, "y"))
-    ).any()
-    assert _pixels(plots.histograms({"a": np.zeros(5), "b": np.ones(5)}, "x")).std() > 0
-    assert (
-        _pixels(plots.scatter([0, 1], [0, 1], "x", "y")) != _pixels(plots.scatter([0, 1], [1, 0], "x", "y"))
-    ).any()
-    ramp = np.arange(12.0).reshape(3, 4)
-    assert (_pixels(plots.heatmap(ramp, "x", "y")) != _pixels(plots.heatmap(ramp[::-1], "x", "y"))).any()
-    assert len(plots.heatmap({"a": ramp, "b": -ramp}, "x", "y").axes) == 3
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("x", "y", "t")
+    (axis,) = plots.lines({"a": ([0, 1], [0, 1])}, "x", "y").axes
+    assert (axis.get_xscale(), axis.get_legend()) == ("linear", None)
+
+
+def test_histograms_show_densities_on_common_bins():
+    (axis,) = plots.histograms({"a": np.zeros(4), "b": np.array([0, 1, 1, 1])}, "x", bins=2).axes
+    heights = [patch.get_xy()[:, 1].max() for patch in axis.patches]
+    assert heights == [2, 1.5]  # all of it, and three quarters, in bins half as wide as the range
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_no_curve_is_dropped_and_no_two_look_alike():
+    names = [str(n) for n in range(24)]
+    (axis,) = plots.lines({name: ([0, 1], [0, 1]) for name in names}, "x", "y").axes
+    looks = [(line.get_color(), line.get_linestyle()) for line in axis.lines]
+    assert len(looks) == len(set(looks)) == 24
+    (axis,) = plots.histograms({name: np.arange(5) for name in names}, "x").axes
+    looks = [(patch.get_edgecolor(), patch.get_linestyle()) for patch in axis.patches]
+    assert len(looks) == len(set(looks)) == 24
+
+
+def test_bars_points_and_intervals_show_their_data():
+    (axis,) = plots.bars({"a": 1.0, "b": 2.0}, "y").axes
+    assert [bar.get_height() for bar in axis.patches] == [1, 2]
+    assert [text.get_text() for text in axis.texts] == ["1", "2"]
+    (axis,) = plots.scatter([0, 1], [3, 2], "x", "y").axes
+    assert axis.lines[0].get_xydata().tolist() == [[0, 3], [1, 2]]
     groups = {"loss": {"L2": [1.0, 2.0], "L1": [2.0, 3.0]}, "T": {"10": [1.0]}}
     (axis,) = plots.intervals(groups, "x", reference=1.5, logx=True).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["loss:  L2", "L1", "T:  10"]
-    assert len(axis.containers) == 3
+    assert [container[0].get_xdata().tolist() for container in axis.containers] == [[1.5], [2.5], [1.0]]
+
+
+def test_heatmaps_show_their_data_on_one_scale():
+    ramp = np.arange(12.0).reshape(3, 4)
+    *panels, bar = plots.heatmap({"a": ramp, "b": -ramp}, "x", "y").axes
+    for panel, data in zip(panels, (ramp, -ramp), strict=True):
+        assert np.array_equal(panel.images[0].get_array(), data)
+        assert panel.images[0].get_clim() == (-11, 11)
+    assert bar.get_ylim() == (-11, 11)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.long])
+def test_a_mask_is_drawn_by_its_class_ids(kind):
     image, mask = torch.zeros(1, 8, 8), torch.tensor([[0, 1, 2, 3]] * 4).repeat(2, 2)
-    assert (_pixels(plots.slice_panel(image, mask)) != _pixels(plots.slice_panel(image, mask.flip(1)))).any()
-    assert _pixels(plots.slice_panel(image, title="a")).shape != _pixels(plots.slice_panel(image, mask)).shape
-    few = plots.grid([image] * 5, columns=4, titles=["a"] * 5, title="all")
-    assert len(few.axes) == 8
+    left, right = plots.slice_panel(image, mask.to(kind)).axes
+    drawn = right.images[1]
+    assert np.array_equal(drawn.get_array().filled(0), np.rot90(mask.numpy(), 1)[:, ::-1])
+    colours = [to_hex(colour).upper() for colour in drawn.cmap(drawn.norm(np.array([1, 2, 3])))]
+    assert colours == list(plots.TISSUE_COLOURS.values())
+    legend = zip(right.get_legend().get_texts(), right.lines, strict=True)
+    assert {text.get_text(): line.get_color() for text, line in legend} == {
+        plots.TISSUE_NAMES[tissue]: colour for tissue, colour in plots.TISSUE_COLOURS.items()
+    }
+    assert len(left.images) == 1
+    assert len(plots.slice_panel(image, title="a").axes) == 1
+
+
+def test_a_grid_leaves_its_last_places_empty():
+    few = plots.grid([torch.zeros(1, 8, 8)] * 5, columns=4, titles=["a"] * 5, title="all")
+    assert [len(axis.images) for axis in few.axes] == [1] * 5 + [0] * 3
+    assert few.get_suptitle() == "all"
+
+
+def test_a_step_shows_the_sample_and_the_guess():
     state = SampleState(3, -1, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
-    assert "not for diagnosis" in plots.step_panel(state, 10).get_suptitle()
+    figure = plots.step_panel(state, 10)
+    assert [axis.images[0].get_array().mean() for axis in figure.axes] == [0.5, 1]
+    assert figure.get_suptitle() == "step from t = 3 of T = 10 · synthetic – not for diagnosis"
+
+
+def test_a_report_shows_all_it_is_given():
+    rows = {"generated": {"KID": 0.1234, "FID": None}, "noise": {"KID": 11.0, "FID": 466.0}}
+    parts, sets = ("ventricles", "CSF", "grey", "symmetry"), [f"set {n}" for n in range(7)]
+    anatomy = {name: dict.fromkeys(parts, torch.tensor([0.1, 0.2, float("nan")])) for name in sets}
+    pairs = [(torch.full((1, 8, 8), -1.0), torch.full((1, 8, 8), 1.0))] * 8
+    figure = plots.evaluation_panel(rows, anatomy, [torch.zeros(1, 8, 8)] * 20, pairs, "weights")
+    assert figure.get_suptitle() == "weights\nsynthetic – not for diagnosis"
+    samples, nearest, bodies = figure.axes[:16], figure.axes[16:32], figure.axes[32:36]
+    shades = [[float(axis.images[0].get_array().mean()) for axis in part] for part in (samples, nearest)]
+    assert shades == [[0.5] * 16, [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4]  # each above its training slice
+    assert [axis.get_xlabel() for axis in bodies] == list(parts)
+    for axis in bodies:
+        looks = [(patch.get_edgecolor(), patch.get_linestyle()) for patch in axis.patches]
+        assert len(looks) == len(set(looks)) == 7
+    assert [text.get_text() for text in bodies[-1].get_legend().get_texts()] == sets
+    (table,) = figure.axes[36].tables
+    cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
+    assert [cells[0, 0], cells[0, 1], cells[1, -1], cells[2, -1]] == ["generated", "noise", "KID", "FID"]
+    assert [cells[1, 0], cells[1, 1], cells[2, 0], cells[2, 1]] == ["0.123", "11.000", "–", "466.000"]
 
 
 def test_show_carries_its_text(monkeypatch):
@@ -95,8 +167,27 @@ def test_show_carries_its_text(monkeypatch):
 
 def test_film_strip_holds_every_frame():
     frames = [plots.png(plots.bars({"a": float(v)}, "y"), dpi=20) for v in (1, 2, 3)]
-    width, height = Image.open(io.BytesIO(frames[0])).size
-    assert Image.open(io.BytesIO(plots.film_strip(frames, 2))).size == (2 * width, 2 * height)
+    first, second, third = (_decoded(frame) for frame in frames)
+    wanted = np.vstack([np.hstack([first, second]), np.hstack([third, np.full_like(third, 255)])])
+    strip = _decoded(plots.film_strip(frames, 2))
+    assert strip.shape == wanted.shape
+    assert abs(strip - wanted).max() < 12  # few colours, but the same picture
+
+
+def test_a_film_strip_keeps_the_colours_of_tissues():
+    """Three small squares in a legend, beside a picture of a thousand other colours."""
+    generator = torch.Generator().manual_seed(0)
+    image, mask = torch.rand((1, 64, 64), generator=generator) * 2 - 1, torch.zeros(64, 64).long()
+    mask[8:56, 8:56] = torch.randint(1, 4, (48, 48), generator=generator)
+    frames = [plots.png(plots.slice_panel(image, mask, opacity=o)) for o in (0.3, 0.6)]
+    strip, sheet = plots.film_strip(frames, 2), np.hstack([_decoded(frame) for frame in frames])
+    for colour in plots.TISSUE_COLOURS.values():
+        legend = (sheet == tuple(bytes.fromhex(colour[1:]))).all(2)
+        assert legend.sum() > 20
+        assert (_decoded(strip)[legend] == tuple(bytes.fromhex(colour[1:]))).all()
+    few = io.BytesIO()
+    Image.fromarray(sheet.astype(np.uint8)).quantize(128).save(few, format="PNG", optimize=True)
+    assert len(strip) < 1.1 * len(few.getvalue())
 
 
 def _draw(t=0, name="a", on=True):

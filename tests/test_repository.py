@@ -1,11 +1,14 @@
 """What the repository promises besides code: one list of packages, notices, no machine's path."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -21,14 +24,30 @@ LOWEST = {
 }
 
 
+IGNORED = {"build", "runs", "__pycache__"}  # as in .gitignore, and so are names that begin with a dot …
+HIDDEN = {".ci", ".github", ".gitignore"}  # … but for these
+
+
 def _files():
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    """What belongs to the repository: what git knows, or all but the ignored where there is no git."""
+    try:
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        files = [ROOT / name for name in names.splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        files = []
+    return [path for path in files if path.is_file()] or _tree()
+
+
+def _tree():
+    def kept(part):
+        return part in HIDDEN or not (part in IGNORED or part[0] == "." or part.endswith(".egg-info"))
+
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = filter(kept, folders)
+        found += [Path(folder, name) for name in names if kept(name)]
+    return found
 
 
 def _requirements():
@@ -71,12 +90,30 @@ def test_notices_travel_along():
         assert words in readme
 
 
+@pytest.mark.parametrize("git", [True, False])
+def test_the_files_are_found_with_git_and_without(monkeypatch, git):
+    if not git:
+
+        def missing(*_, **__):
+            raise FileNotFoundError("git")
+
+        monkeypatch.setattr(subprocess, "run", missing)
+    found = {str(path.relative_to(ROOT)) for path in _files()}
+    assert {
+        "README.md",
+        ".github/workflows/ci.yml",
+        "oasis_helpers/data.py",
+        "notebooks/03_unet.ipynb",
+    } <= found
+    assert not any(name.startswith((".git/", ".venv/")) for name in found)
+
+
 def test_no_machines_path_and_no_slices():
     # A slice in the repository could be a patient's; phantoms are made, not stored.
     path = re.compile(r"(?<![\w.])/(?:home|root|Users|work|farm)/\w|/tmp/\w|C:\\\\Users")
     for file in _files():
         assert not re.search(r"(case|seg)_\d+_slice_\d+.*\.png$", file.name)
-        if file.suffix in {".png", ".safetensors"} or file == Path(__file__):
+        if file.suffix in {".png", ".safetensors", ".npz"} or file == Path(__file__):
             continue
         found = path.search(file.read_text(encoding="utf-8"))
         assert not found, f"{file.relative_to(ROOT)}: {found}"
@@ -100,3 +137,16 @@ def test_links_of_the_readme_and_notebooks_lead_somewhere():
 def test_ci_runs_the_command_of_the_readme():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     assert "bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_nothing_is_imported_without_need():
+    """The command line starts without torch, evaluation without what it does not use; one process for all."""
+    code = """
+import sys
+import oasis_helpers.__main__, oasis_helpers.intake.convert, oasis_helpers.intake.phantoms
+assert "torch" not in sys.modules
+sys.modules.update(dict.fromkeys(["accelerate", "IPython", "ipywidgets", "nilearn"]))  # fail if imported
+import oasis_helpers.evaluation, oasis_helpers.training, oasis_helpers.sampling
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

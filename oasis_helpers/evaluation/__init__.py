@@ -3,7 +3,16 @@
 from .anatomy import DEEP, PIXEL, anatomy, anatomy_distances
 from .copies import Memorisation, memorisation, nearest_images
 from .distances import bootstrap, fid, kid, ms_ssim, precision_recall
-from .report import Evaluation, Split, check_sample, evaluate, load_split, notes, resize_for_segmenter
+from .report import (
+    Evaluation,
+    Split,
+    check_sample,
+    check_splits,
+    evaluate,
+    load_split,
+    notes,
+    resize_for_segmenter,
+)
 from .segmenter import (
     LEAST,
     SEGMENTER,
@@ -19,8 +28,9 @@ from .segmenter import (
 )
 
 __all__ = [
-    "DEEP", "LEAST", "PIXEL", "SEGMENTER", "Evaluation", "Memorisation", "Segmentation", "Segmenter", "Split",
-    "anatomy", "anatomy_distances", "bootstrap", "check_images", "check_sample", "dice", "embed", "evaluate",
-    "fid", "kid", "load_segmenter", "load_split", "memorisation", "ms_ssim", "nearest_images", "notes",
-    "precision_recall", "resize_for_segmenter", "save_segmenter", "segment", "train_segmenter",
+    "DEEP", "LEAST", "PIXEL", "SEGMENTER", "Evaluation", "Memorisation", "Segmentation", "Segmenter",
+    "Split", "anatomy", "anatomy_distances", "bootstrap", "check_images", "check_sample", "check_splits",
+    "dice", "embed", "evaluate", "fid", "kid", "load_segmenter", "load_split", "memorisation", "ms_ssim",
+    "nearest_images", "notes", "precision_recall", "resize_for_segmenter", "save_segmenter", "segment",
+    "train_segmenter",
 ]  # fmt: skip

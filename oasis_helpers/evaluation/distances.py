@@ -21,6 +21,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from ..seeds import check_seed, generator
 from .segmenter import LEAST, check_images
 
+NEIGHBOURS = 5  # whose distance is the radius of an image's ball
+
 
 class _Features(nn.Module):
     """What torchmetrics asks of a feature network; here the features are computed already."""
@@ -92,7 +94,11 @@ def fid(real: Tensor, generated: Tensor) -> float:
 
 
 def precision_recall(
-    real: Tensor, generated: Tensor, k: int = 5, *, cases: tuple[Sequence[int], Sequence[int]] | None = None
+    real: Tensor,
+    generated: Tensor,
+    k: int = NEIGHBOURS,
+    *,
+    cases: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> dict[str, float]:
     """Fidelity and diversity apart: precision, recall, density and coverage of features (N, D), (M, D).
 

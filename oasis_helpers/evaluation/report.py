@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..data import OASISDataset, load_slices, to_unit_range
 from ..layout import DataLocation
 from .anatomy import anatomy, anatomy_distances
 from .copies import memorisation
-from .distances import bootstrap, fid, kid, ms_ssim, precision_recall
+from .distances import NEIGHBOURS, bootstrap, fid, kid, ms_ssim, precision_recall
 from .segmenter import LEAST, Segmenter, check_images, embed, segment
 
 
@@ -65,8 +66,10 @@ def evaluate(
 
     The generated images are compared with the slices of ``validate``; so are, as the best that can be
     reached, those of ``test``, and as the worst, noise and the mean of ``train`` over and over. Intervals
-    (95 %) by :func:`bootstrap`. Raises ``ValueError`` as :func:`check_images`, for fewer than 100 images.
+    (95 %) by :func:`bootstrap`. Raises ``ValueError`` as :func:`check_images`, for fewer than 100 images, and
+    as :func:`check_splits`.
     """
+    check_splits(validate, test)
     images = resize_for_segmenter(check_sample(images))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     mean = train.images.mean(0, keepdim=True).expand_as(images)
@@ -99,8 +102,11 @@ def notes(
 
     ``card`` is that of the weights, ``segmenter_card`` that of the segmenter.
     """
-    seen = re.search(r"(\d[\d,]*) cases", str(card.get("data", "")))
+    learned_from = str(card.get("data", ""))
+    seen = re.search(r"(\d[\d,]*) cases", learned_from)
     of = f" of the {seen[1]} that the weights saw" if seen else "; the weights do not say how many they saw"
+    if seen and not learned_from.startswith(data.kind):
+        of = f", and the weights saw none of them: they learned from {learned_from}"
     found = [f"copies were searched for among {evaluation.searched} training cases{of}"]
     if data.kind != "phantoms" and "phantoms" in str(segmenter_card.get("data", "")):
         found.append(
@@ -108,6 +114,17 @@ def notes(
             "these slices and give it as --segmenter"
         )
     return found
+
+
+def check_splits(validate: Split, test: Split) -> None:
+    """``ValueError`` unless there are slices enough to compare with: known before anything is drawn."""
+    for name, split in (("validate", validate), ("test", test)):
+        slices, cases = len(split.cases), Counter(split.cases)
+        if slices < LEAST or slices - max(cases.values()) < NEIGHBOURS:
+            raise ValueError(
+                f"the {name} split has {slices} slices of {len(cases)} cases: a report needs {LEAST}, and "
+                f"for each of them {NEIGHBOURS} of other cases. Give a larger data set."
+            )
 
 
 def check_sample(images: Tensor) -> Tensor:
