@@ -33,6 +33,14 @@ def capability(processor: str) -> str:
     ).stdout.strip()
 
 
+def counted(output: str) -> tuple[int, int]:
+    """Cells passed and failed, from pytest's last line."""
+    last = output.strip().rpartition("\n")[2]
+    return tuple(
+        sum(map(int, re.findall(rf"(\d+) {word}", last))) for word in ("passed", "(?:failed|errors?)")
+    )
+
+
 def run(notebook: Path, processor: str) -> tuple[str, bool]:
     """A field of the table, and whether every cell passed."""
     command = [sys.executable, "-m", "pytest", str(notebook), "--nbval", "--nbval-current-env"]
@@ -44,10 +52,7 @@ def run(notebook: Path, processor: str) -> tuple[str, bool]:
     seconds = time.perf_counter() - started
     if result.returncode:
         print(result.stdout[-10_000:] + result.stderr[-2_000:], flush=True)
-    last = result.stdout.strip().rpartition("\n")[2]
-    passed, failed = (
-        sum(map(int, re.findall(rf"(\d+) {word}", last))) for word in ("passed", "(?:failed|errors?)")
-    )
+    passed, failed = counted(result.stdout)
     return f"{passed} / {failed}, {seconds:.0f} s", result.returncode == 0
 
 

@@ -12,6 +12,7 @@ import sys
 
 import nbformat
 import numpy as np
+import processors
 import pytest
 from matplotlib.figure import Figure
 from notebook_tools import (
@@ -369,3 +370,31 @@ def test_rounding_blown_up_by_training_is_tolerated_where_it_may_occur(stored, t
 )
 def test_numbers_of_training(fresh, agrees):
     assert numbers_agree("step 100: loss 0.314, KID −1.02e-3", fresh) == agrees
+
+
+# ---- other processors -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "cells"),
+    [
+        ("33 passed in 40.12s", (33, 0)),
+        ("2 failed, 33 passed, 1 warning in 40.12s", (33, 2)),
+        ("1 error in 3.20s", (0, 1)),
+    ],
+)
+def test_cells_are_counted(last, cells):
+    assert processors.counted(f"FAILED notebooks/01.ipynb::Cell 7\n{last}\n") == cells
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_one_failure_on_one_processor_is_a_failure(passes, monkeypatch, capsys):
+    def run(notebook, processor):
+        return f"of {processor}", passes or (processor, notebook.stem) != ("AVX2", "03_unet")
+
+    monkeypatch.setattr(processors, "run", run)
+    monkeypatch.setattr(processors, "capability", str.upper)
+    assert bool(processors.main()) == (not passes)
+    table = capsys.readouterr().out.rpartition("\n\n")[2]
+    assert "| SSE 4.1 (SSE 4.1) | AVX2 (AVX2) | this one (THIS ONE) |" in table
+    assert table.count("| of AVX2 |") == len(ALL)
