@@ -194,7 +194,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m oasis_helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_data_commands(commands)
+    _add_network_commands(commands)
+    return parser
 
+
+def _add_data_commands(commands) -> None:
     p = commands.add_parser("phantoms", help="make phantom subjects in the layout of the OASIS course set")
     p.add_argument("out", nargs="?", help="new folder (without it: the default set, in the cache)")
     own = {"type": int, "default": argparse.SUPPRESS}
@@ -229,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("root", help="folder that holds keras_png_slices_train and its five sisters")
     p.set_defaults(run=_check)
 
+
+def _add_network_commands(commands) -> None:
     p = commands.add_parser("train", help="train a network and write its weights")
     p.add_argument(
         "--profile",
@@ -275,7 +282,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_drawing(p)
     p.set_defaults(run=_evaluate)
-    return parser
 
 
 def _add_drawing(p: argparse.ArgumentParser) -> None:

@@ -1,21 +1,75 @@
+import json
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from functools import partial
 
 import pytest
+import torch
 from PIL import Image
 
-from oasis_helpers.__main__ import main
+from oasis_helpers import evaluation, plots, training
+from oasis_helpers.__main__ import _draw, _parser, _with_settings, main
+from oasis_helpers.data import load_slices, to_unit_range
+from oasis_helpers.layout import DataLocation, image_name
+from oasis_helpers.sampling import clipped, sample_images
+from oasis_helpers.training import PROFILES, TrainConfig, load_weights, save_weights
+
+TINY = TrainConfig(steps=4, batch_size=4).replace(
+    image_size=16, base_channels=8, channel_mult=(1, 2), attention_levels=(), T=20
+)
+COMMANDS = ("phantoms", "convert", "check", "train", "sample", "evaluate")
 
 
-def test_help_of_every_command():
-    for command in ([], ["phantoms"], ["check"], ["train"], ["sample"], ["evaluate"]):
-        result = subprocess.run(
-            [sys.executable, "-m", "oasis_helpers", *command, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "usage: python -m oasis_helpers" in result.stdout
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Weights of a tiny network."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_weights(path, TINY.make_network(), TINY, {"data": "oasis: 36 cases"})
+    return path
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """To draw samples fails the test."""
+
+    def draw(args, denoise):
+        raise AssertionError("samples were drawn")
+
+    monkeypatch.setattr("oasis_helpers.__main__._draw", draw)
+
+
+def _fails(arguments, message, capsys):
+    """The command fails with one line that holds ``message``."""
+    assert main([str(argument) for argument in arguments]) == 1
+    printed = capsys.readouterr()
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert printed.out == ""
+
+
+def test_help_of_every_command(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"usage: python -m oasis_helpers {command}" in shown
+        assert "default: None" not in shown
+        assert ") (default" not in shown
+
+
+def test_help_names_the_defaults_in_effect():
+    (actions,) = (a for a in _parser()._actions if a.choices)
+    for command in ("train", "sample", "evaluate"):
+        parser = actions.choices[command]
+        shown = " ".join(parser.format_help().split())
+        for option, default in vars(parser.parse_args([])).items():
+            if isinstance(default, str | int) and not isinstance(default, bool):
+                assert f"(default: {default})" in shown, f"{command} --{option}"
 
 
 def test_phantoms_then_check(tmp_path, capsys):
@@ -30,48 +84,322 @@ def test_phantoms_then_check(tmp_path, capsys):
 
 
 def test_default_phantoms_go_to_the_cache(monkeypatch, phantoms, capsys):
-    monkeypatch.setattr("oasis_helpers.intake.phantoms.make_phantoms", lambda out, workers: phantoms)
+    from oasis_helpers.intake.phantoms import phantom_cache
+
+    asked = []
+    monkeypatch.setattr(
+        "oasis_helpers.intake.phantoms.make_phantoms", lambda out, workers: asked.append(out) or phantoms
+    )
     assert main(["phantoms"]) == 0
     assert "phantoms, 4 cases" in capsys.readouterr().out
+    assert asked == [phantom_cache()]
 
 
-def test_train_interrupted_resumed_and_sampled(phantoms, tmp_path, monkeypatch, capsys):
-    from dataclasses import replace
+# ---- train ----------------------------------------------------------------------------------------
 
-    from oasis_helpers import training
 
-    tiny = replace(
-        training.PROFILES["quick"],
-        image_size=16,
-        base_channels=8,
-        channel_mult=(1, 2),
-        attention_levels=(),
-        T=20,
-    )
-    monkeypatch.setitem(training.PROFILES, "quick", tiny)
+@pytest.fixture
+def train(monkeypatch, phantoms, tmp_path):
+    """A command that trains a tiny network for four steps with a checkpoint every two."""
+    monkeypatch.setitem(training.PROFILES, "quick", TINY)
     out = tmp_path / "w.safetensors"
-    train = ["train", "--data", str(phantoms.root), "--out", str(out), "--every", "2", "--set", "steps=4"]
-    original = training.save_checkpoint
+    return ["train", "--data", str(phantoms.root), "--out", str(out), "--every", "2"], out
 
-    def stop_after_saving(path, state):
-        original(path, state)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", stop_after_saving)
-    assert main(train) == 130
+def test_train_interrupted_resumed_and_sampled(train, tmp_path, monkeypatch, capsys):
+    command, out = train
+    with monkeypatch.context() as patched:
+
+        def stop_after_saving(path, state):
+            training.save_checkpoint(path, state)
+            raise KeyboardInterrupt
+
+        patched.setattr("oasis_helpers.training.run.save_checkpoint", stop_after_saving)
+        assert main(command) == 130
     assert not out.exists()
-    assert main(train) == 1
-    assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(training, "save_checkpoint", original)
-    assert main([*train, "--resume"]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["w.csv", "w.safetensors"]
-    assert main([*train, "--resume"]) == 1
+    printed = capsys.readouterr()
+    assert "phantoms, 4 cases; quick profile, 4 steps on " in printed.out
+    assert "weights in" not in printed.out
+    _fails_after_its_first_line(command, "resume (--resume) to go on with that run", capsys)
+    assert main([*command, "--resume"]) == 0
+    assert f"weights in {out}" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w.safetensors", "w.safetensors.run"]
+    assert {p.name for p in training.run_folder(out).iterdir()} <= {"metrics.csv", "tensorboard"}
+    rows = (training.run_folder(out) / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", "1", "2", "3", "4"]
+    assert training.read_header(out).card["data"] == "phantoms: 2 cases"
+    _fails_after_its_first_line([*command, "--resume"], "that run is finished", capsys)
+
     picture = tmp_path / "s.png"
-    sample = ["sample", "--weights", str(out), "--out", str(picture), "--number", "2", "--steps", "3"]
-    assert main(sample) == 0
-    assert Image.open(picture).width > 100
-    assert main(sample) == 1
-    assert "nothing is overwritten" in capsys.readouterr().err
+    sample = ["sample", "--weights", out, "--out", picture, "--number", "2", "--steps", "3"]
+    assert main([str(argument) for argument in sample]) == 0
+    assert f"2 samples in {picture}" in capsys.readouterr().out
+    with Image.open(picture) as shown:
+        assert shown.format == "PNG"
+        assert shown.width > 100
+
+
+def _fails_after_its_first_line(command, message, capsys):
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err.splitlines()[-1]
+    assert "weights in" not in printed.out
+
+
+def test_a_run_that_died_before_its_weights_is_finished(train, monkeypatch, capsys):
+    command, out = train
+    with monkeypatch.context() as patched:
+
+        def die(*args):
+            raise KeyboardInterrupt
+
+        patched.setattr("oasis_helpers.training.run.save_weights", die)
+        assert main(command) == 130
+    assert [p.name for p in training.checkpoints(out)] == [
+        "step-0000002.safetensors",
+        "step-0000004.safetensors",
+    ]
+    _fails_after_its_first_line([*command, "--resume", "--set", "steps=3"], "give steps of at least", capsys)
+    assert not out.exists()
+    assert main([*command, "--resume"]) == 0
+    assert f"weights in {out}" in capsys.readouterr().out
+    assert load_weights(out).shape == (1, 16, 16)
+    assert training.checkpoints(out) == []
+
+
+def test_no_weights_are_announced_where_none_were_written(train, monkeypatch, capsys):
+    command, out = train
+    monkeypatch.setattr(training, "train_to", lambda *args, **more: iter(()))
+    main(command)
+    assert not out.exists()
+    assert "weights in" not in capsys.readouterr().out
+
+
+def test_checkpoints_every_0_steps_are_refused(train, tmp_path, capsys):
+    command, _ = train
+    _fails_after_its_first_line([*command[:-1], "0"], "every is 0: give 1 or more.", capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("profile", ["quick", "laptop"])  # without one, and with one
+def test_min_snr_gamma_is_a_number_or_none(profile, capsys):
+    settings = [f"min_snr_gamma={value}" for value in (None, 5, 2.5)]
+    found = [_with_settings(PROFILES[profile], [one]).objective.min_snr_gamma for one in settings]
+    assert found == [None, 5, 2.5]
+    for wrong in ("abc", "True", "(5,)"):
+        _fails(["train", "--profile", profile, "--set", f"min_snr_gamma={wrong}"], "same kind", capsys)
+
+
+def test_settings_go_where_they_belong():
+    config = _with_settings(
+        PROFILES["quick"], ["steps=7", "lr=1", "channel_mult=(1,2)", "schedule=linear", "channels_last=True"]
+    )
+    assert (config.steps, config.lr, config.channels_last) == (7, 1, True)
+    assert config.objective.schedule == "linear"
+    assert config.objective.network["channel_mult"] == (1, 2)
+    assert config.objective.network["base_channels"] == PROFILES["quick"].objective.network["base_channels"]
+
+
+# ---- sample ---------------------------------------------------------------------------------------
+
+
+def test_sample_makes_the_folder(tiny, tmp_path):
+    out = tmp_path / "new" / "deep" / "x.PNG"
+    assert main(["sample", "--weights", str(tiny), "--out", str(out), "--number", "1", "--steps", "2"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ddpm_takes_all_steps_whatever_their_number(tiny, tmp_path, monkeypatch):
+    """20 of them here, fewer than the 50 that --steps is without being given."""
+    drawn = []
+    monkeypatch.setattr(plots, "grid", lambda images, **more: drawn.extend(images) or plots.Figure())
+    command = ["sample", "--weights", str(tiny), "--number", "1", "--method", "ddpm"]
+    assert main([*command, "--out", str(tmp_path / "x.png")]) == 0
+    assert torch.equal(drawn[0], sample_images(clipped(load_weights(tiny)), 1, method="ddpm")[0])
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("samples", "give a name that ends in .png"),
+        ("samples.jpg", "give a name that ends in .png"),
+        ("there.png", "there.png exists. Give another --out: nothing is overwritten."),
+        ("there.png/x.png", "there.png is a file, not a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_drawing(
+    out, message, tiny, tmp_path, capsys, undrawn
+):
+    (tmp_path / "there.png").write_bytes(b"mine")
+    _fails(["sample", "--weights", tiny, "--out", tmp_path / out, "--steps", 2], message, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["there.png"]
+    assert (tmp_path / "there.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--number", 0, "--number 0: "),
+        ("--number", -1, "--number -1: "),
+        ("--steps", 0, "--steps 0: give 1 to 20."),
+        ("--steps", 21, "--steps 21: give 1 to 20."),
+        ("--seed", -1, "seed is -1: give a whole number from 0"),
+        ("--seed", 2**31, "give a whole number from 0 to 2,147,483,647."),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_drawing(
+    command, option, value, message, tiny, phantoms, tmp_path, capsys, undrawn
+):
+    more = ["--weights", tiny] if command == "sample" else [tiny, "--data", phantoms.root]
+    _fails([command, *more, "--out", tmp_path / "x.png", option, value], message, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _drawn(tiny, number, seed=0, method="ddim"):
+    return _draw(Namespace(number=number, method=method, steps=3, seed=seed), load_weights(tiny))
+
+
+def test_many_samples_are_drawn_in_batches_and_none_comes_twice(tiny):
+    many, few = _drawn(tiny, 70), _drawn(tiny, 64)
+    assert many.shape == (70, 1, 16, 16)
+    assert torch.equal(many[:64], few)
+    assert len(many.unique(dim=0)) == 70
+    # and the second batch of a seed is not the first of the next one
+    others = torch.cat([many, *(_drawn(tiny, 6, seed) for seed in (1, 2, 3))])
+    assert len(others.unique(dim=0)) == len(others)
+
+
+# ---- evaluate -------------------------------------------------------------------------------------
+
+
+def _set(phantoms, root, kind="phantoms", validate=25, test=25):
+    """The small set with its held-out slices under the numbers of so many cases each."""
+    for split, cases in (("train", None), ("validate", validate), ("test", test)):
+        folder = DataLocation(root, kind).folder(split)
+        if cases is None:
+            shutil.copytree(phantoms.folder(split), folder)
+            continue
+        folder.mkdir()
+        for case in range(402, 402 + cases):
+            for index, path in enumerate(sorted(phantoms.folder(split).iterdir())):
+                shutil.copy(path, folder / image_name(case, index))
+    if kind == "phantoms":
+        shutil.copy(phantoms.root / "phantoms.json", root)
+    return root
+
+
+def _strictly(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+@pytest.fixture
+def judged(monkeypatch, phantoms, tmp_path):
+    """A command that judges images in place of samples, on data of a kind: its report."""
+
+    def judge(images, kind, *options):
+        out = tmp_path / "new" / "report"
+        monkeypatch.setattr("oasis_helpers.__main__._draw", lambda args, denoise: images)
+        monkeypatch.setattr(evaluation, "evaluate", partial(evaluation.evaluate, rounds=2))
+        (tmp_path / "data").mkdir()
+        data = _set(phantoms, tmp_path / "data", kind)
+        command = ["evaluate", "--data", str(data), "--out", str(out), "--number", "100", *options]
+        assert main(command) == 0
+        report = json.loads(out.with_suffix(".json").read_text(), parse_constant=_strictly)
+        return report, out, command
+
+    return judge
+
+
+def test_evaluate_writes_a_report_and_overwrites_none(judged, phantoms, capsys, monkeypatch):
+    images = to_unit_range(load_slices(phantoms.train, 64)).repeat(13, 1, 1, 1)[:100]
+    shown = []
+    monkeypatch.setattr(
+        plots, "evaluation_panel", lambda *a, f=plots.evaluation_panel: shown.append(f(*a)) or shown[-1]
+    )
+    # OASIS as far as anybody can tell: the segmenter that ships has not seen it
+    report, out, command = judged(images, "oasis")
+    assert report["setting"] == (
+        "phantoms-64.safetensors: 100 samples, ddim, 50 steps, seed 0; OASIS, 52 cases"
+    )
+    searched, judge = report["notes"]
+    assert searched == (
+        "copies were searched for among 2 training cases, and the weights saw none of them: "
+        "they learned from phantoms: 302 cases, recipe 2, seed 0"
+    )
+    assert judge.startswith("the segmenter learned from phantoms and judges other data")
+    assert "--segmenter" in judge
+    assert list(report["rows"]) == ["generated", "held-out slices", "mean of training", "noise"]
+    generated = report["rows"]["generated"]
+    assert generated["nearer to training, images"] == 1  # they are training slices
+    assert generated["FID"] is None  # of 100 images
+    printed = capsys.readouterr()
+    assert f"generated         KID {generated['KID']:8.3f}" in printed.out
+    assert [line for line in printed.err.splitlines() if line.startswith("note: ")] == [
+        f"note: {note}" for note in report["notes"]
+    ]
+    with Image.open(out.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (1100, 1050)
+    (panel,) = shown
+    assert "synthetic – not for diagnosis" in panel.get_suptitle()
+    assert report["setting"] in panel.get_suptitle()
+
+    def draw(args, denoise):
+        raise AssertionError("samples were drawn")
+
+    monkeypatch.setattr("oasis_helpers.__main__._draw", draw)
+    for ending in (".json", ".png"):
+        left = out.with_suffix(ending)
+        kept = left.read_bytes()
+        _fails(command, f"{left} exists. Give another --out: nothing is overwritten.", capsys)
+        assert left.read_bytes() == kept
+        left.unlink()
+
+
+def test_evaluate_with_a_segmenter_of_ones_own_where_figures_are_undefined(judged, tiny, tmp_path):
+    segmenter = tmp_path / "own.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = evaluation.Segmenter()  # has learned nothing and finds no brain anywhere
+    evaluation.save_segmenter(segmenter, network, {"data": "oasis: 36 cases"})
+    images = torch.rand((100, 1, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    more = ("--segmenter", str(segmenter), "--method", "ddpm", str(tiny))
+    report, out, _ = judged(images, "oasis", *more)
+    assert report["setting"] == "tiny.safetensors: 100 samples, ddpm, seed 0; OASIS, 52 cases"
+    assert report["notes"] == [
+        "copies were searched for among 2 training cases, and the weights saw none of them: "
+        "they learned from phantoms: 36 cases"
+    ]
+    for row in report["rows"].values():
+        assert {name for name, value in row.items() if value is None} >= {"FID", "anatomy: symmetry"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"test": 24}, "the test split has 96 slices of 24 cases: a report needs 100"),
+        ({"validate": 24}, "the validate split has 96 slices of 24 cases: a report needs 100"),
+        ({"validate": 0}, "keras_png_slices_validate"),
+    ],
+)
+def test_a_set_too_small_to_judge_by_is_refused_before_drawing(
+    sizes, message, phantoms, tmp_path, capsys, undrawn
+):
+    data = _set(phantoms, tmp_path, **sizes)
+    if sizes.get("validate") == 0:
+        DataLocation(data, "phantoms").validate.rmdir()
+    _fails(["evaluate", "--data", data, "--out", tmp_path / "r"], message, capsys)
+    assert not list(tmp_path.glob("r.*"))
+
+
+def test_weights_are_no_segmenter(phantoms, tiny, tmp_path, capsys, undrawn):
+    command = ["evaluate", "--data", phantoms.root, "--out", tmp_path / "r", "--segmenter", tiny, tiny]
+    _fails([*command, "--steps", "5"], f"{tiny} holds no segmenter", capsys)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -80,17 +408,52 @@ def test_train_interrupted_resumed_and_sampled(phantoms, tmp_path, monkeypatch, 
         (["check", "no/such/place"], "does not exist"),
         (["train", "--data", "no/such/place", "--out", "no/w"], "does not exist"),
         (["sample", "--weights", "no.safetensors", "--out", "no.png"], "does not exist"),
+        (["evaluate", "--data", "no/such/place"], "does not exist"),
+        (["evaluate", "--number", "99"], "--number 99: give at least 100."),
         (["phantoms", "no/place", "--slices", "0"], "1 to 32"),
-        (["train", "--set", "stepz=3"], "one of the keys image_size"),
+        (
+            ["phantoms", "--seed", "1", "--slices", "1"],
+            "--slices, --seed: the default set has its own",
+        ),
+        (["train", "--set", "stepz=3"], "--set stepz=3: give key=value with one of the keys "),
+        (["train", "--set", "steps"], "--set steps: give key=value with one of the keys "),
         (["train", "--set", "steps=many"], "steps is now 200; give a value of the same kind"),
+        (["train", "--set", "steps=True"], "steps is now 200; give a value of the same kind"),
+        (["train", "--set", "lr=True"], "lr is now 0.002; give a value of the same kind"),
+        (["train", "--set", "steps=0"], "steps is 0: give a number above 0"),
+        (["train", "--set", "seed=-1"], "seed is -1: give a whole number from 0"),
         (["train", "--set", "loss=l3"], "choose one of l2, l1, huber"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_one_line(arguments, message, capsys, undrawn):
+    _fails(arguments, message, capsys)
+
+
+def test_a_mistake_leaves_a_shell_one_line_and_an_exit_code():
     result = subprocess.run(
-        [sys.executable, "-m", "oasis_helpers", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "oasis_helpers", "check", "no/such/place"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 1
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("there", "there is a folder: give a name for the two files"),
+        ("mine.txt/deep/report", "mine.txt is a file, not a folder"),
+    ],
+)
+def test_a_report_without_a_place_is_refused_before_data_is_sought(
+    out, message, tiny, tmp_path, capsys, undrawn
+):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    command = ["evaluate", tiny, "--steps", 2, "--data", tmp_path / "nowhere"]
+    _fails([*command, "--out", tmp_path / out], message, capsys)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine.txt", "there"]

@@ -62,6 +62,11 @@ def kid(
     fewer than ``subset_size`` images, and for features that do not belong together.
     """
     check_features(real, generated)
+    if min(len(real), len(generated)) < subset_size:
+        raise ValueError(
+            f"{len(real)} real and {len(generated)} generated images are too few for KID: give at least "
+            f"{subset_size} of each, the subset_size."
+        )
     with warnings.catch_warnings():  # it warns of the memory that features take; these are small
         warnings.simplefilter("ignore", UserWarning)
         metric = KernelInceptionDistance(_Features(real.shape[1]), subsets=subsets, subset_size=subset_size)
