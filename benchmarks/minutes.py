@@ -24,7 +24,7 @@ from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices, to_unit_range
 from oasis_helpers.evaluation import Segmenter, anatomy, embed, kid, load_segmenter, segment
 from oasis_helpers.sampling import clipped, sample_images
-from oasis_helpers.training import PROFILES, autocast, checkpoints, load_weights, train, train_to
+from oasis_helpers.training import PROFILES, checkpoints, load_weights, train, train_to
 
 RESULT = Path(__file__).with_name("minutes.json")
 PICTURE = Path(__file__).parents[1] / "figures" / "minutes.png"
@@ -66,7 +66,7 @@ def main() -> None:
             states = train_to(path, config, slices, device="cpu", card=card, resume=bool(checkpoints(path)))
             for _ in tqdm(states, total=steps, desc=f"{minutes} minutes", mininterval=30):
                 pass
-        with autocast(laptop, torch.device("cpu")):
+        with torch.autocast("cpu", torch.bfloat16):
             samples = sample_images(
                 clipped(load_weights(path)), SAMPLES, method="dpm_solver", steps=SAMPLING_STEPS
             )

@@ -48,7 +48,7 @@ SAMPLED = RESULT.with_suffix(".npz")
 PICTURE = Path(__file__).parents[1] / "figures" / "time_to_quality.png"
 SEEDS, ROUNDS, SAMPLES, SAMPLING_STEPS = (0, 1, 2), 5, 320, 20
 SHOWN = ("KID", "FID", "precision", "coverage", "brain", "ventricles", "symmetry")
-CONFIG = PROFILES["laptop"]
+CONFIG = PROFILES["laptop"].replace(precision="bf16")
 
 
 class Called(nn.Module):

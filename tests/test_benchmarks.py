@@ -190,15 +190,18 @@ def test_readme_has_the_speeds():
             _says(cell, speed)
 
 
-def test_this_network_is_the_best_after_the_same_minutes():
-    """README and notebook 6 claim it: its worst seed is better than the best seed of any other."""
+def test_this_network_is_ahead_in_the_mean_after_the_same_minutes():
+    """README says so; more cannot be said of three runs with one order of slices and one noise."""
     race = _recorded("time_to_quality")["runs"]
-    ours = race["oasis_helpers"].values()
-    others = [run for name, runs in race.items() if name != "oasis_helpers" for run in runs.values()]
+    means = {
+        name: {column: statistics.mean(run[column] for run in runs.values()) for column in RACED}
+        for name, runs in race.items()
+    }
+    ours = means.pop("oasis_helpers")
     for column in ("KID", "FID", "ventricles", "symmetry"):
-        assert max(run[column] for run in ours) < min(run[column] for run in others), column
+        assert ours[column] < min(found[column] for found in means.values()), column
     for column in ("precision", "coverage"):
-        assert min(run[column] for run in ours) > max(run[column] for run in others), column
+        assert ours[column] > max(found[column] for found in means.values()), column
 
 
 def test_readme_has_the_race():

@@ -625,7 +625,8 @@ def test_files_of_the_first_format_are_read(tmp_path):
 def test_shipped_weights_fit_their_profile():
     denoise, header = load_weights(), read_header(training.WEIGHTS)
     assert Denoising.from_settings(header.settings) == PROFILES["laptop"].objective
-    assert header.training | {"steps": 0} == PROFILES["laptop"].loop() | {"steps": 0}
+    found_out = {"steps": 0, "precision": "bf16"}  # what "auto" had found on the machine of the run
+    assert header.training | {"steps": 0} == PROFILES["laptop"].loop() | found_out
     assert training.WEIGHTS.stat().st_size < 20e6
     assert 15e6 < count_parameters(PROFILES["full"].make_network()) < 25e6
     assert count_parameters(denoise) < 5e6

@@ -67,5 +67,6 @@ def memorisation(
 
 def nearest_images(images: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to, and index of, the nearest of ``among`` (N, D) for each of ``images`` (M, D)."""
-    found = [torch.cdist(part, among).min(1) for part in images.flatten(1).split(256)]
+    among = among.double()  # which is nearest must not hang on the last bit of a sum
+    found = [torch.cdist(part.double(), among).min(1) for part in images.flatten(1).split(256)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])

@@ -121,6 +121,7 @@ def precision_recall(
         raise ValueError(
             f"{len(real)} real and {len(generated)} generated images are too few for {k} neighbours each."
         )
+    real, generated = real.double(), generated.double()  # a count must not hang on the last bit of a sum
     of_real, of_generated = cases or (range(len(real)), range(len(generated)))  # each its own case
     radius_real, radius_generated = _radius(real, k, of_real), _radius(generated, k, of_generated)
     distances = torch.cdist(real, generated)

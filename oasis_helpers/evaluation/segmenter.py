@@ -164,7 +164,7 @@ def train_segmenter(
         )
     config = TrainConfig(
         Segmentation(), steps=steps, batch_size=batch_size, lr=lr, warmup=3 * steps // 10, weight_decay=1e-3,
-        ema_decay=0.0, precision="bf16", seed=seed,
+        ema_decay=0.0, precision="auto", seed=seed,
     )  # fmt: skip
     for state in train(config, TensorDataset(slices, masks)):
         if state.step == steps:

@@ -105,11 +105,11 @@ PROFILES = {
     "quick": TrainConfig(steps=200, lr=2e-3, ema_decay=0.98).replace(base_channels=16),
     # heads in five minutes on two cores (steps=1200); an hour gives the weights that ship
     "laptop": TrainConfig(
-        Denoising(min_snr_gamma=5.0), steps=14_800, batch_size=8, lr=1e-3, warmup=100, precision="bf16"
+        Denoising(min_snr_gamma=5.0), steps=14_800, batch_size=8, lr=1e-3, warmup=100, precision="auto"
     ),
     # a GPU's worth: 128×128, about 20 million parameters
     "full": TrainConfig(
-        steps=100_000, batch_size=64, lr=4e-4, warmup=1000, ema_decay=0.9995, precision="bf16"
+        steps=100_000, batch_size=64, lr=4e-4, warmup=1000, ema_decay=0.9995, precision="auto"
     ).replace(
         image_size=128, base_channels=64, channel_mult=(1, 2, 3, 4), num_res_blocks=2, attention_levels=(2, 3)
     ),
