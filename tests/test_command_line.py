@@ -11,7 +11,6 @@ from PIL import Image
 
 from oasis_helpers import evaluation, plots, training
 from oasis_helpers.__main__ import _draw, _parser, _with_settings, main
-from oasis_helpers.data import load_slices, to_unit_range
 from oasis_helpers.layout import DataLocation, image_name
 from oasis_helpers.sampling import clipped, sample_images
 from oasis_helpers.training import PROFILES, TrainConfig, load_weights, save_weights
@@ -311,50 +310,14 @@ def judged(monkeypatch, phantoms, tmp_path):
     return judge
 
 
-def test_evaluate_writes_a_report_and_overwrites_none(judged, phantoms, capsys, monkeypatch):
-    images = to_unit_range(load_slices(phantoms.train, 64)).repeat(13, 1, 1, 1)[:100]
-    shown = []
-    monkeypatch.setattr(
-        plots, "evaluation_panel", lambda *a, f=plots.evaluation_panel: shown.append(f(*a)) or shown[-1]
-    )
-    # OASIS as far as anybody can tell: the segmenter that ships has not seen it
-    report, out, command = judged(images, "oasis")
-    assert report["setting"] == (
-        "phantoms-64.safetensors: 100 samples, ddim, 50 steps, seed 0; OASIS, 52 cases"
-    )
-    searched, judge = report["notes"]
-    assert searched == (
-        "copies were searched for among 2 training cases, and the weights saw none of them: "
-        "they learned from phantoms: 302 cases, recipe 2, seed 0"
-    )
-    assert judge.startswith("the segmenter learned from phantoms and judges other data")
-    assert "--segmenter" in judge
-    assert list(report["rows"]) == ["generated", "held-out slices", "mean of training", "noise"]
-    generated = report["rows"]["generated"]
-    assert generated["nearer to training, images"] == 1  # they are training slices
-    assert generated["FID"] is None  # of 100 images
-    printed = capsys.readouterr()
-    assert f"generated         KID {generated['KID']:8.3f}" in printed.out
-    assert [line for line in printed.err.splitlines() if line.startswith("note: ")] == [
-        f"note: {note}" for note in report["notes"]
-    ]
-    with Image.open(out.with_suffix(".png")) as picture:
-        assert picture.format == "PNG"
-        assert picture.size == (1100, 1050)
-    (panel,) = shown
-    assert "synthetic – not for diagnosis" in panel.get_suptitle()
-    assert report["setting"] in panel.get_suptitle()
-
-    def draw(args, denoise):
-        raise AssertionError("samples were drawn")
-
-    monkeypatch.setattr("oasis_helpers.__main__._draw", draw)
-    for ending in (".json", ".png"):
-        left = out.with_suffix(ending)
-        kept = left.read_bytes()
-        _fails(command, f"{left} exists. Give another --out: nothing is overwritten.", capsys)
-        assert left.read_bytes() == kept
-        left.unlink()
+@pytest.mark.parametrize("ending", ["json", "png"])
+def test_a_report_that_is_there_is_refused_before_drawing(ending, tiny, phantoms, tmp_path, capsys, undrawn):
+    there = tmp_path / f"r.{ending}"
+    there.write_bytes(b"mine")
+    command = ["evaluate", tiny, "--data", phantoms.root, "--steps", 2, "--out", tmp_path / "r"]
+    _fails(command, f"{there} exists. Give another --out: nothing is overwritten.", capsys)
+    assert list(tmp_path.iterdir()) == [there]
+    assert there.read_bytes() == b"mine"
 
 
 def test_evaluate_with_a_segmenter_of_ones_own_where_figures_are_undefined(judged, tiny, tmp_path):

@@ -37,15 +37,11 @@ from oasis_helpers.evaluation import (
     train_segmenter,
 )
 from oasis_helpers.layout import DataLocation
-from oasis_helpers.training import WEIGHTS, TrainConfig, save_weights
+from oasis_helpers.training import WEIGHTS, TrainConfig, read_header, save_weights
 
 
 def _images(count=4, seed=0):
     return torch.rand((count, 1, 64, 64), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def _masks_folder(split_folder):
-    return split_folder.parent / split_folder.name.replace("slices_", "slices_seg_")
 
 
 def test_dice_by_hand():
@@ -56,18 +52,18 @@ def test_dice_by_hand():
 
 
 def test_masks_are_cut_and_scaled_like_slices(phantoms):
-    slices, masks = load_slices(phantoms.train, 64), load_masks(_masks_folder(phantoms.train), 64)
+    slices, masks = load_slices(phantoms.train, 64), load_masks(phantoms.folder("train", masks=True), 64)
     assert masks.shape == (8, 64, 64)
     assert masks.dtype == torch.uint8
     assert set(masks.unique().tolist()) == {0, 1, 2, 3}
     brightness = [float(slices[:, 0][masks == tissue].float().mean()) for tissue in (1, 2, 3)]
     assert brightness == sorted(brightness)  # CSF, grey, white
-    assert len(load_masks(_masks_folder(phantoms.train), 64, cases=1)) == 4
+    assert len(load_masks(phantoms.folder("train", masks=True), 64, cases=1)) == 4
 
 
 def test_the_shipped_segmenter_finds_the_tissues(phantoms):
     images = to_unit_range(load_slices(phantoms.test, 64))
-    found = dice(segment(images, load_segmenter()), load_masks(_masks_folder(phantoms.test), 64))
+    found = dice(segment(images, load_segmenter()), load_masks(phantoms.folder("test", masks=True), 64))
     assert found.min() > 0.85
     assert found[1:].mean() > 0.9
 
@@ -110,7 +106,7 @@ def test_kid_of_one_distribution_is_about_zero_and_leaves_global_state_alone():
     assert abs(same) < 3 * deviation
     assert kid(x, y + 1)[0] > 10 * abs(same)
     assert kid(x, y) == (same, deviation)
-    with pytest.raises(ValueError, match="subset_size"):
+    with pytest.raises(ValueError, match="20 real and 500 generated images are too few for KID"):
         kid(x[:20], y)
 
 
@@ -132,8 +128,10 @@ def test_wrong_images_are_named(images, message):
         check_images(images, least=3)
 
 
-def test_a_segmenter_learns_repeatably_and_comes_back(phantoms, tmp_path):
-    slices, masks = load_slices(phantoms.train, 64), load_masks(_masks_folder(phantoms.train), 64)
+def test_a_segmenter_learns_repeatably_and_comes_back(phantoms, tmp_path, monkeypatch):
+    # which is faster is measured, and two measurements may differ
+    monkeypatch.setattr("oasis_helpers.training.loop.faster_precision", lambda *_: "fp32")
+    slices, masks = load_slices(phantoms.train, 64), load_masks(phantoms.folder("train", masks=True), 64)
     runs = [train_segmenter(slices, masks, steps=12, batch_size=4) for _ in range(2)]
     *states, last = runs[0]
     losses = [state.loss for state in states]
@@ -145,6 +143,8 @@ def test_a_segmenter_learns_repeatably_and_comes_back(phantoms, tmp_path):
     assert torch.allclose(features.mean(0), torch.zeros(model.num_features), atol=1e-4)
     save_segmenter(tmp_path / "s.safetensors", model, {"data": "phantoms"})
     assert torch.equal(embed(images, load_segmenter(tmp_path / "s.safetensors")), features)
+    header = read_header(tmp_path / "s.safetensors")
+    assert (header.kind, header.card) == ("segmenter", {"data": "phantoms"})
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,9 @@ def test_wrong_files_are_named(tmp_path):
 
 def test_features_do_not_depend_on_the_batch():
     model, images = Segmenter().eval(), _images(70)
-    assert torch.allclose(embed(images, model)[:3], embed(images[:3], model), atol=1e-5)
+    features = embed(images, model)
+    assert torch.allclose(features[66:], embed(images[66:], model), atol=1e-5)
+    assert (features[66] - features[67]).abs().max() > 1e-3  # they do depend on the image
 
 
 # ---- distances of sets ------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def test_symmetry_sees_one_sided_heads_and_not_where_they_lie():
 def test_anatomy_of_the_segmentation_is_that_of_the_true_masks(phantoms):
     images = to_unit_range(load_slices(phantoms.test, 64))
     found = anatomy(segment(images, load_segmenter()))
-    truth = anatomy(load_masks(_masks_folder(phantoms.test), 64))
+    truth = anatomy(load_masks(phantoms.folder("test", masks=True), 64))
     for name, values in truth.items():
         assert (found[name] - values).abs().mean() < 0.02 * (100 if name == "brain" else 1), name
         assert values.isfinite().all()
@@ -334,7 +336,7 @@ def splits(phantoms):
     """Three splits with enough slices: those of the small set, over and over with a little noise."""
 
     def many(folder, seed):
-        images = load_split(folder, network).images.repeat(40, 1, 1, 1)[:120]
+        images = load_split(folder, network).images.repeat(25, 1, 1, 1)[:100]
         images = (
             images + 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
         ).clamp(-1, 1)
@@ -346,34 +348,37 @@ def splits(phantoms):
     ], network
 
 
-def test_a_report_has_floor_and_ceiling(splits):
+def test_a_report_has_floor_and_ceiling_and_catches_copies(splits):
     (train, validate, test), network = splits
-    generated = train.images.roll(1, 3)
-    found = evaluate(generated, train, validate, test, network, rounds=5)
+    copied = train.images.roll(1, 3)
+    copied[:30] = train.images[:30]
+    found = evaluate(copied, train, validate, test, network, rounds=5)
     assert list(found.rows) == ["generated", "held-out slices", "mean of training", "noise"]
     kids = {name: row["KID"] for name, row in found.rows.items()}
     assert kids["noise"] > 5 * kids["generated"]
-    assert all(row["KID, low"] <= row["KID, high"] for row in found.rows.values())
-    assert found.rows["generated"]["FID"] is None  # 120 images, 256 dimensions
+    assert kids["generated"] == kid(validate.features, embed(copied, network))[0]
+    assert all(row["KID, low"] < row["KID, high"] for row in found.rows.values())
+    assert found.rows["generated"]["FID"] is None  # 100 images, 256 dimensions
     assert found.rows["mean of training"]["MS-SSIM of pairs"] == pytest.approx(1, abs=1e-3)
-    assert len(found.pairs) == 8
-    assert found.pairs[0][0].shape == (1, 64, 64)
+    for kind in ("images", "features"):
+        shares = {name: row[f"nearer to training, {kind}"] for name, row in found.rows.items()}
+        assert shares["generated"] >= 0.3
+        assert shares["held-out slices"] < 0.05
     assert torch.equal(found.anatomy["real"]["brain"], anatomy(segment(validate.images, network))["brain"])
-
-
-def test_an_overfitted_model_is_caught(splits):
-    (train, validate, test), network = splits
-    found = evaluate(train.images, train, validate, test, network, rounds=2).rows
-    assert found["generated"]["nearer to training, features"] > 0.9
-    assert found["generated"]["nearer to training, images"] > 0.9
-    assert found["held-out slices"]["nearer to training, features"] < 0.05
+    assert found.searched == 4
+    assert len(found.pairs) == 8
+    for generated, nearest in found.pairs:
+        assert torch.equal(generated, nearest)
 
 
 def test_images_of_another_size_are_scaled():
     assert torch.equal(resize_for_segmenter(_images(2)), _images(2))
-    small = torch.nn.functional.avg_pool2d(_images(2), 2)
-    assert resize_for_segmenter(small).shape == (2, 1, 64, 64)
-    assert resize_for_segmenter(3 * _images(2)).abs().max() == 1
+    ramp = torch.arange(32.0).expand(2, 1, 32, 32) / 16 - 1
+    larger = resize_for_segmenter(ramp)
+    assert larger.shape == (2, 1, 64, 64)
+    halves = (torch.arange(64) - 0.5) / 32 - 1  # the ramp at the middle of each half of its pixels
+    assert torch.allclose(larger[..., 1:-1], halves[1:-1].expand(2, 1, 64, 62), atol=1e-6)
+    assert torch.equal(resize_for_segmenter(3 * _images(2)), (3 * _images(2)).clamp(-1, 1))
 
 
 @pytest.mark.parametrize(
