@@ -355,8 +355,10 @@ def evaluation_panel(
     for axis, name in zip(middle.subplots(1, 4), ("ventricles", "CSF", "grey", "symmetry")):
         for index, (which, values) in enumerate(anatomy.items()):
             known, look = values[name][~values[name].isnan()].numpy(), _look(index, solid=True)
-            if len(known):  # else there is no density to draw
+            if len(known):
                 axis.hist(known, bins=25, density=True, histtype="step", label=which, linewidth=1.5, **look)
+            else:  # nothing to draw, and named all the same
+                axis.plot([], [], label=which, **look)
         axis.set(xlabel=name, yticks=[])
         axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)

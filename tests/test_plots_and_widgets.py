@@ -1,4 +1,5 @@
 import io
+import warnings
 
 import ipywidgets
 import numpy as np
@@ -153,6 +154,15 @@ def test_a_report_shows_all_it_is_given():
     cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
     assert [cells[0, 0], cells[0, 1], cells[1, -1], cells[2, -1]] == ["generated", "noise", "KID", "FID"]
     assert [cells[1, 0], cells[1, 1], cells[2, 0], cells[2, 1]] == ["0.123", "11.000", "–", "466.000"]
+
+
+def test_a_report_with_undefined_figures_is_drawn_and_names_every_set():
+    parts, nowhere = ("ventricles", "CSF", "grey", "symmetry"), torch.full((5,), float("nan"))
+    anatomy = {name: dict.fromkeys(parts, nowhere) for name in ("real", "generated")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plots.evaluation_panel({"generated": {"KID": 0.1}}, anatomy, [], [], "weights")
+    assert [text.get_text() for text in figure.axes[35].get_legend().get_texts()] == ["real", "generated"]
 
 
 def test_show_carries_its_text(monkeypatch):
