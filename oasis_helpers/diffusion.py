@@ -310,5 +310,5 @@ class Denoiser(nn.Module):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def forward(self, x_t: Tensor, t: Tensor | int, y: dict[str, Tensor] | None = None) -> Tensor:
-        times = t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)
+        times = t.to(x_t.device) if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)
         return self.schedule.predict_x0(x_t, t, self.network(x_t, times, y), self.prediction)
