@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -319,6 +320,69 @@ def test_a_late_step_reads_nothing_from_the_device(monkeypatch):
         assert reads == []
         float(torch.ones(1).sum())  # the count works
         assert len(reads) == 1
+
+
+def test_the_next_batch_is_on_the_device_before_the_state_is_shown(monkeypatch):
+    drawn, moved = [], []
+    draw, move = loop.draw_step, loop._Alone.moved
+    monkeypatch.setattr(loop, "draw_step", lambda *given: drawn.append(given[-1]) or draw(*given))
+    monkeypatch.setattr(loop._Alone, "moved", lambda self, step: moved.append(drawn[-1]) or move(self, step))
+    states = train(TINY, SLICES, device="cpu")
+    next(states)
+    assert drawn[-1] == 1  # step 0 is done; step 1 waits on the device
+    assert moved[-1] == 1
+
+
+def test_a_copy_to_a_gpu_runs_beside_the_network(monkeypatch):
+    # No GPU is here: what CUDA is asked for, and in which order. The network's stream must wait for the copy,
+    # and the copy's memory must not be given away while the network reads it.
+    asked = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            asked.append(f"{self.name} waits for {other.name}")
+
+    class Rows:
+        def __init__(self, count):
+            self.count = count
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, rows):
+            return Rows(len(range(self.count)[rows]))
+
+        def pin_memory(self):
+            asked.append("pinned")
+            return self
+
+        def to(self, device, non_blocking):
+            asked.append(f"{self.count} copied to {device} on {on[-1]}, waiting: {not non_blocking}")
+            return self
+
+        def record_stream(self, stream):
+            asked.append(f"kept for {stream.name}")
+
+    on = ["network"]
+
+    @contextmanager
+    def stream(chosen):
+        on.append(chosen.name)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("network"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    group = loop._Alone(torch.device("cuda", 0))
+    assert group.moved({"images": Rows(4)})["images"].count == 4
+    assert asked == [
+        "pinned", "4 copied to cuda:0 on copies, waiting: False", "network waits for copies",
+        "kept for network",
+    ]  # fmt: skip
 
 
 # ---- average ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def train(
     known, first = fingerprint(data), 0
     if resume is not None:
         first, config = load_checkpoint(resume, config, known, model, ema, optimizer)
-    upcoming = draw_step(config, data, config.objective, first)
+    upcoming = group.moved(draw_step(config, data, config.objective, first))
     config = _with_precision(config, model, upcoming, group)
     parallel = group.wrap(torch.compile(model) if config.compile else model)
 
@@ -185,8 +186,8 @@ def train(
             group.is_main,
         )  # fmt: skip
         _update(state, before, loss, grad_norm)
-        if step + 1 < config.steps:  # drawn while a GPU works
-            upcoming = draw_step(config, data, config.objective, step + 1)
+        if step + 1 < config.steps:  # drawn and moved while a GPU works
+            upcoming = group.moved(draw_step(config, data, config.objective, step + 1))
         yield state
     if state is not None:
         state.check()
@@ -236,26 +237,23 @@ def _gradients(
 def _backward(model: nn.Module, drawn: Any, config: TrainConfig, group: _Alone) -> Tensor:
     """Gradients of one step in ``config.accumulate`` parts; the mean loss, detached."""
     total = torch.zeros((), device=group.device)
-    share = config.batch_size // group.count
-    size = share // config.accumulate
+    size = _part(config, group)
     for part in range(config.accumulate):
-        start = group.index * share + part * size
-        moved = _rows(drawn, slice(start, start + size), group.device)
+        rows = _rows(drawn, slice(part * size, (part + 1) * size))
         # Several processes add up their gradients once, after the last part.
         with group.no_sync(model) if part + 1 < config.accumulate else nullcontext():
             with autocast(config, group.device):
-                loss = config.objective(model, moved).sum() / share
+                loss = config.objective(model, rows).sum() / (size * config.accumulate)
             loss.backward()
         total += loss.detach()
     return total
 
 
-def _rows(drawn: Any, rows: slice, device: torch.device) -> Any:
-    """The same rows of every tensor in ``drawn``, where the network is."""
+def _rows(drawn: Any, rows: slice) -> Any:
+    """The same rows of every tensor in ``drawn``."""
     if isinstance(drawn, dict):
-        return {name: _rows(value, rows, device) for name, value in drawn.items()}
-    part = drawn[rows]
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+        return {name: _rows(value, rows) for name, value in drawn.items()}
+    return drawn[rows]
 
 
 # ---- precision and memory ----------------------------------------------------------------------
@@ -269,7 +267,7 @@ def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManage
 def _with_precision(config: TrainConfig, model: nn.Module, drawn: Any, group: _Alone) -> TrainConfig:
     """The configuration with the precision in effect, the same in all processes."""
     if config.precision == "auto":
-        found = faster_precision(model, config, _rows(drawn, slice(0, _part(config, group)), group.device))
+        found = faster_precision(model, config, _rows(drawn, slice(0, _part(config, group))))
         return replace(config, precision=group.agreed(found))
     # Cards before Ampere only emulate it, slower than fp32.
     emulated = group.device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -344,6 +342,26 @@ class _Alone:
 
     def __init__(self, device: torch.device):
         self.device = device
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def moved(self, drawn: Any) -> Any:
+        """This process's share of what was drawn, on its device; a GPU works on meanwhile."""
+        if isinstance(drawn, dict):
+            return {name: self.moved(value) for name, value in drawn.items()}
+        share = len(drawn) // self.count
+        mine = drawn[self.index * share : (self.index + 1) * share]
+        if self.device.type != "cuda":
+            return mine.to(self.device)
+        # On the stream of the network the copy would wait for all that stands there already.
+        network = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._beside):
+            there = mine.pin_memory().to(self.device, non_blocking=True)
+        network.wait_stream(self._beside)
+        there.record_stream(network)  # its memory is not given to the next copy before the network is done
+        return there
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return model
