@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +99,10 @@ def read_png(file: Path | BinaryIO) -> Image.Image:
     """
     # Another format's decoder may start a program, and a header of a few bytes may ask for gigabytes.
     try:
-        with Image.open(file, formats=["PNG"]) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error below says it better
+            opened = Image.open(file, formats=["PNG"])
+        with opened as image:
             if image.size != (SIDE, SIDE):
                 raise WrongSize(f"{image.width}×{image.height}, should be {SIDE}×{SIDE}")
             if image.mode != "L":

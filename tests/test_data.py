@@ -1,6 +1,7 @@
 import os
 import shutil
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -22,7 +23,7 @@ from oasis_helpers.data import (
     to_unit_range,
 )
 from oasis_helpers.intake.subjects import Subject
-from oasis_helpers.layout import SPLITS, image_name, replace_file, write_file
+from oasis_helpers.layout import SPLITS, WrongSize, image_name, read_png, replace_file, write_file
 
 SEG_TRAIN = "keras_png_slices_seg_train"
 
@@ -363,3 +364,16 @@ def test_transform_cuts_only_padding(phantoms):
     image = OASISDataset(phantoms.train)[0]
     kept = slice_transform(208)(image)  # cut and not scaled
     assert round(float((kept + 1).sum() * 127.5)) == np.asarray(image).sum()
+
+
+def test_a_picture_of_a_hundred_megapixels_is_one_clear_line(tmp_path):
+    # Pillow has a warning of its own for these, and reads no pixel before we refuse it.
+    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    png += struct.pack(">I", 1) + b"IDAT" + b"x" + struct.pack(">I", zlib.crc32(b"IDATx"))
+    (tmp_path / "large.png").write_bytes(png)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(WrongSize, match="10000×10000, should be 256×256"):
+            read_png(tmp_path / "large.png")
