@@ -372,6 +372,14 @@ def test_a_report_has_floor_and_ceiling_and_catches_copies(splits):
         assert torch.equal(generated, nearest)
 
 
+def test_cases_of_unlike_size_can_be_drawn_again(splits):
+    # 90 slices of one case and 10 of others: most draws of three cases have fewer than 100 slices.
+    (train, validate, test), network = splits
+    unlike = Split(validate.images, validate.features, [0] * 90 + [1] * 5 + [2] * 5)
+    found = evaluate(train.images, train, unlike, test, network, rounds=5)
+    assert all(row["KID, low"] <= row["KID, high"] for row in found.rows.values())
+
+
 def test_images_of_another_size_are_scaled():
     assert torch.equal(resize_for_segmenter(_images(2)), _images(2))
     ramp = torch.arange(32.0).expand(2, 1, 32, 32) / 16 - 1

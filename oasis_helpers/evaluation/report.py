@@ -141,7 +141,9 @@ def _row(
     """The figures of one set of images; FID by ``count`` of them, evenly spaced, and as many real ones."""
 
     def distance(real: Tensor, generated: Tensor) -> float:
-        return kid(validate.features[real], split.features[generated])[0]
+        # Cases have unlike many slices, so drawing cases again may give fewer slices than there are.
+        least = min(LEAST, len(real), len(generated))
+        return kid(validate.features[real], split.features[generated], subset_size=least)[0]
 
     low, high = bootstrap(distance, validate.cases, split.cases, rounds=rounds)
     row = {"KID": kid(validate.features, split.features)[0], "KID, low": low, "KID, high": high}
