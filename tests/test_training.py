@@ -77,7 +77,7 @@ def test_the_loop_is_algorithm_1():
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0, betas=(0.9, 0.99))
     loss.backward()
     optimizer.step()
-    assert state.loss == pytest.approx(float(loss), rel=1e-6)
+    assert state.loss == pytest.approx(float(loss.detach()), rel=1e-6)
     assert torch.allclose(_weights(state.model), _weights(network), atol=1e-6)
 
 
