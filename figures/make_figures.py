@@ -38,7 +38,8 @@ def trajectory(denoise) -> Figure:
     """One sample at six moments of its making, and below each the network's guess of x₀."""
     states = list(sample(denoise, 1, method="ddim", steps=100, seed=3))
     picked = [states[i] for i in (4, 29, 49, 69, 84, 99)]
-    titles = [f"x at t = {max(s.t_prev, 0)}" for s in picked] + [f"x₀ guessed at {s.t}" for s in picked]
+    titles = ["x, no noise left" if s.t_prev < 0 else f"x at t = {s.t_prev}" for s in picked]
+    titles += [f"x₀ guessed at {s.t}" for s in picked]
     return plots.grid(
         [s.x[0] for s in picked] + [s.x0[0] for s in picked], columns=6, titles=titles, size=1.6
     )

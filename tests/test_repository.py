@@ -134,9 +134,25 @@ def test_links_of_the_readme_and_notebooks_lead_somewhere():
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
+def test_the_table_of_modules_names_what_is_there():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`(\w+\.py|\w+/)`", row)}
+    assert {"data.py", "training/", "evaluation/"} <= named
+    assert [name for name in sorted(named) if not (ROOT / "oasis_helpers" / name).exists()] == []
+
+
 def test_ci_runs_the_command_of_the_readme():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-    assert "bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    commands = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert "bash .ci/run" in commands
+
+
+def test_no_workflow_may_write():
+    files = list((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert {"ci.yml", "processors.yml"} <= {file.name for file in files}
+    for file in files:
+        assert yaml.safe_load(file.read_text())["permissions"] == {"contents": "read"}, file.name
 
 
 def test_nothing_is_imported_without_need():

@@ -2,10 +2,8 @@
 
 The loop knows no diffusion. It asks an objective for a network (``make_network``), for all that a step needs
 of a batch (``draw``: everything random is drawn here, on the CPU, from one generator) and for the loss of
-each
-image (the objective called). Ho et al. 2020 (arXiv 2006.11239), algorithm 1; dropped conditions, Ho &
-Salimans 2022 (arXiv
-2207.12598), algorithm 1.
+each image (the objective called). Ho et al. 2020 (arXiv 2006.11239), algorithm 1; dropped conditions, Ho &
+Salimans 2022 (arXiv 2207.12598), algorithm 1.
 """
 
 from __future__ import annotations
@@ -108,8 +106,7 @@ class Denoising:
         """Timesteps, noise and dropped conditions for a batch: images, or (images, conditions by name).
 
         Images are bytes from :func:`~oasis_helpers.data.load_slices`, or floats as they are to be noised.
-        Raises
-        ``ValueError`` for images of another size or kind.
+        Raises ``ValueError`` for images of another size or kind.
         """
         images, y = batch if isinstance(batch, tuple) else (batch, {})
         if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):

@@ -38,8 +38,7 @@ class Header:
 
     ``kind`` of network, its ``settings``, those of its ``training``, its ``card``, and the ``shapes`` of its
     tensors by name. A checkpoint also has the step, the updates of the average and the fingerprint of the
-    data
-    in ``run``.
+    data in ``run``.
     """
 
     kind: str
