@@ -17,7 +17,7 @@ SCAN = "OAS1_{case:04d}_MR{session}"
 
 def phantom_volume() -> tuple[np.ndarray, np.ndarray]:
     """A head (int16, up to about 3,000) and its labels (0–3) on the T88 grid, from one phantom."""
-    images, masks, _ = phantoms._render(phantoms._load_template(), 1, "train", PLANES, 0)
+    images, masks, _ = phantoms._render(phantoms._load_template(), 1, "train", slice(PLANES), 0)
     top, left = (SIDE - ROWS) // 2, (SIDE - COLS) // 2
     planes = np.moveaxis(images[:, top : top + ROWS, left : left + COLS], 0, 2)
     labels = np.moveaxis(masks[:, top : top + ROWS, left : left + COLS], 0, 2) // 85

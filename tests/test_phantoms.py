@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from scipy import ndimage
 from oasis_helpers.__main__ import main
 from oasis_helpers.data import OASISDataset, check_dataset
 from oasis_helpers.intake import phantoms as module
-from oasis_helpers.intake.phantoms import PhantomFactors, _render, make_phantoms
+from oasis_helpers.intake.phantoms import (
+    PhantomFactors,
+    _render,
+    fresh_heads,  # before conftest.py forbids it
+    make_heads,
+    make_phantoms,
+    read_factors,
+)
 
 
 def _digests(root):
@@ -172,7 +180,7 @@ def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
 def rendered():
     """Eight whole cases, not written to disk: images, masks (slices, 256, 256) and factors."""
     template = module._load_template()
-    cases = [_render(template, case, "train", 32, 0) for case in range(1, 9)]
+    cases = [_render(template, case, "train", slice(32), 0) for case in range(1, 9)]
     images, masks = (np.concatenate([c[i] for c in cases]) for i in (0, 1))
     return images.astype(float), masks, [c[2] for c in cases]
 
@@ -219,6 +227,66 @@ def test_fewer_slices_show_the_same_subject(rendered, phantoms):
     _, masks, _ = rendered
     first = np.asarray(Image.open(phantoms.root / "keras_png_slices_seg_train" / "seg_001_slice_2.nii.png"))
     assert (first == masks[2]).all()
+
+
+def test_heads_of_one_slice_are_new_heads_at_all_heights(tmp_path):
+    few = make_heads(tmp_path / "few", 4, workers=1)
+    names = sorted(p.name for p in few.test.iterdir())
+    assert [name[:9] for name in names] == [f"case_{case}" for case in range(1001, 1005)]
+    assert len({name.partition("slice")[2] for name in names}) > 1
+    assert not list(few.train.iterdir())
+    masks = few.root / "keras_png_slices_seg_test"
+    assert all((masks / name.replace("case", "seg")).exists() for name in names)
+    assert sorted(read_factors(few.root)) == [1001, 1002, 1003, 1004]
+    again = make_heads(tmp_path / "two", 2, workers=2)
+    assert all((few.test / p.name).read_bytes() == p.read_bytes() for p in again.test.iterdir())
+    with pytest.raises(ValueError, match="give 1 to 99,000 heads"):
+        make_heads(tmp_path / "none", 0)
+    with pytest.raises(FileExistsError, match="heads 4 ≠ 5"):
+        make_heads(tmp_path / "few", 5)
+
+
+def test_a_slice_alone_is_that_of_its_case(rendered):
+    _, masks, _ = rendered
+    _, alone, _ = _render(module._load_template(), 1, "train", slice(20, 21), 0)
+    assert (alone[0] == masks[20]).all()
+
+
+def test_the_right_half_lies_in_front_of_the_left():
+    causes, origin, planes = module._Causes.draw(np.random.default_rng(0)), np.zeros(3), slice(1)
+    straight, turned = (
+        module._sources(replace(causes, torque=torque), np.random.default_rng(1), origin, planes)
+        for torque in (0.0, 2.0)
+    )
+    moved = (straight - turned)[
+        1, :, 100, 0
+    ]  # how much farther back a pixel's source lies; rows: left to right
+    assert moved[:40] == pytest.approx(-2, abs=0.05)
+    assert moved[-40:] == pytest.approx(2, abs=0.05)
+    assert (np.diff(moved) >= -1e-5).all()  # and nothing is torn between
+    drawn = [module._Causes.draw(np.random.default_rng(seed)) for seed in range(200)]
+    assert np.mean([c.torque for c in drawn]) > 1
+    assert np.mean([c.left_growth for c in drawn]) > 0.3  # the left ventricle is the larger one
+
+
+def test_the_cortex_is_folded(rendered):
+    images, masks, _ = rendered
+    brain = masks[::32] > 0
+    shallow = [
+        b & ~ndimage.binary_erosion(b, iterations=14) & ndimage.binary_erosion(b, iterations=4) for b in brain
+    ]
+    fluid = [(m[s] == 85).mean() for m, s in zip(masks[::32], shallow)]
+    assert np.mean(fluid) > 0.12  # sulci, deeper than the film of fluid around the brain
+    assert all((i[s] < 60).any() for i, s in zip(images[::32], shallow))
+
+
+def test_fresh_heads_are_made_once_and_apart_from_all_sets(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "user_cache_path", lambda *a, **k: tmp_path / "cache")
+    monkeypatch.setattr(module, "make_heads", lambda *a: asked.append(a))
+    fresh_heads()
+    assert asked == [(tmp_path / "cache" / f"phantoms-r{module.RECIPE}-fresh", 1200)]
+    assert max(module.FIRST_ID[s] + module.MOST_CASES[s] for s in module.FIRST_ID) <= module.FIRST_HEAD
 
 
 def test_plan_is_recorded(phantoms):
