@@ -6,7 +6,8 @@ of noise. "No noise" has no index; where a step ends there it is written −1.
 
 Sources: DDPM, Ho et al. 2020 (arXiv 2006.11239); cosine schedule, Nichol & Dhariwal 2021
 (arXiv 2102.09672); v-prediction, Salimans & Ho 2022 (arXiv 2202.00512); sigmoid schedule,
-Jabri et al. 2022 (arXiv 2212.11972); the process in s and n, Kingma et al. 2021 (arXiv 2107.00630).
+Jabri et al. 2022 (arXiv 2212.11972); shifted schedules, Hoogeboom et al. 2023 (arXiv 2301.11093); the
+process in s and n, Kingma et al. 2021 (arXiv 2107.00630).
 """
 
 from __future__ import annotations
@@ -154,16 +155,24 @@ class Process:
         of_output = (self.signal / both).nan_to_num(1.0)
         return self._at(of_output, t, x_t) * output - self._at((b / both).nan_to_num(0.0), t, x_t) * x_t
 
-    def min_snr_weight(self, t: Tensor, prediction: str, gamma: float) -> Tensor:
+    def min_snr_weight(self, t: Tensor, prediction: str, gamma: float, offset: float = 0.0) -> Tensor:
         """The weight of each image's loss, shape of ``t``, that trains as if its SNR were at most ``gamma``.
 
-        min(SNR, γ) times the squared error of x₀ (Hang et al. 2023, arXiv 2303.09556). As a factor of the
-        error that the network makes, that is min(SNR, γ) (n/(s a − n b))²: min(SNR, γ)/SNR for ε, min(SNR, γ)
-        for x₀ and min(SNR, γ)/(SNR + 1) for v.
+        min(SNR + ``offset``, γ) times the squared error of x₀ (Hang et al. 2023, arXiv 2303.09556; ``offset``
+        1 is "SNR + 1" of Salimans & Ho 2022, section 4). As a factor of the error that the network makes,
+        that is min(SNR + offset, γ) (n/(s a − n b))². For v without offset it is min(SNR, γ)/(SNR + 1), which
+        vanishes with the signal; with offset 1 it is min(1, γ/(SNR + 1)), which does not. Raises
+        ``ValueError`` for an offset where ε is predicted and a timestep has no signal: it would be infinite.
         """
         _, _, both = self._shares(prediction)
-        capped = (gamma / self.snr()).clamp(max=1)  # min(SNR, γ)/SNR, which is 1 where no signal is left
-        return self._pick(capped * (self.signal / both).nan_to_num(1.0) ** 2, t, torch.float32)
+        weight = (self.snr() + offset).clamp(max=gamma) * (self.noise / both) ** 2
+        if weight.isinf().any():
+            raise ValueError(
+                "no signal is left at the last timestep, so with an offset the error of the noise has an "
+                "infinite weight there: use a network that predicts v or the image, or offset 0."
+            )
+        # 0·∞ without offset: min(SNR, γ)/SNR, which is 1 where no signal is left
+        return self._pick(weight.nan_to_num(1.0), t, torch.float32)
 
 
 class NoiseSchedule(Process):
@@ -224,16 +233,34 @@ class NoiseSchedule(Process):
 
     @classmethod
     def named(cls, name: str, T: int) -> NoiseSchedule:
-        """The schedule called ``name`` (linear, quadratic, cosine, sigmoid) with its default settings."""
+        """The schedule called ``name`` with its default settings.
+
+        linear, quadratic, cosine, sigmoid, or "shifted cosine": the cosine schedule for images of 128×128,
+        :meth:`shifted` by 64/128. Raises ``ValueError`` for another name.
+        """
         makers = {
             "linear": cls.linear,
             "quadratic": cls.quadratic,
             "cosine": cls.cosine,
             "sigmoid": cls.sigmoid,
+            "shifted cosine": lambda T: cls.cosine(T).shifted(64 / 128),
         }
         if name not in makers:
             raise ValueError(f"schedule is {name!r}: choose one of {', '.join(makers)}.")
         return makers[name](T)
+
+    def shifted(self, factor: float) -> NoiseSchedule:
+        """The same schedule with every SNR times ``factor``²: log SNR moved by 2 log ``factor``.
+
+        A larger picture shows more through the same noise, because neighbouring pixels say the same: for
+        d×d pixels take 64/d, if the schedule is right for 64×64. Raises ``ValueError`` for a factor that is
+        not positive. Hoogeboom et al. 2023 (arXiv 2301.11093), section 3.1.
+        """
+        if not factor > 0:
+            raise ValueError(f"factor is {factor}: give a number above 0, such as 64/128 for 128×128 pixels.")
+        # ᾱ' = f² ᾱ/d with d = f² ᾱ + 1 − ᾱ; the quotients of neighbours give β' = β/d without a difference
+        betas = self.betas / (1 + (factor**2 - 1) * self.alphas_cumprod)
+        return type(self)(betas, f"{self.name}, shifted by {factor:g}")
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """The same schedule, √ᾱ shifted and scaled so that no signal is left at T − 1.
@@ -271,19 +298,20 @@ def diffusion_loss(
     *,
     loss: str = "l2",
     min_snr_gamma: float | None = None,
+    snr_offset: float = 0.0,
 ) -> Tensor:
     """Mean error of each image, (B,), between ``network(x_t, t, y)`` and its target.
 
     With ``prediction="epsilon"`` and ``loss="l2"`` this is L_simple of Ho et al. 2020, eq. 14; "l1"
     is the absolute error, "huber" half the square below 1 and linear above. ``min_snr_gamma``
-    weights by :meth:`Process.min_snr_weight`. ``x0`` and ``noise``: (B, C, H, W); ``t``: (B,). Not averaged
-    over the batch, so that a caller can sort it by timestep.
+    weights by :meth:`Process.min_snr_weight` with the offset ``snr_offset``. ``x0`` and ``noise``:
+    (B, C, H, W); ``t``: (B,). Not averaged over the batch, so that a caller can sort it by timestep.
     """
     output = network(process.q_sample(x0, t, noise), t, y).float()
     target = process.target(x0, noise, t, prediction)
     each = LOSSES[loss](output, target, reduction="none").flatten(1).mean(1)
     if min_snr_gamma is not None:
-        each = each * process.min_snr_weight(t, prediction, min_snr_gamma).to(each.device)
+        each = each * process.min_snr_weight(t, prediction, min_snr_gamma, snr_offset).to(each.device)
     return each
 
 

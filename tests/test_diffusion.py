@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from oasis_helpers.diffusion import PREDICTIONS, Denoiser, NoiseSchedule, diffusion_loss
 
-NAMES = ("linear", "quadratic", "cosine", "sigmoid")
+NAMES = ("linear", "quadratic", "cosine", "sigmoid", "shifted cosine")
 schedules = st.builds(NoiseSchedule.named, st.sampled_from(NAMES), st.integers(1, 1200))
 
 
@@ -74,6 +76,55 @@ def test_schedules_equal_diffusers(ours, theirs):
     torch.testing.assert_close(
         NoiseSchedule.named(ours, 1000).alphas_cumprod.float(), reference, atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("T", [1, 10, 1000])
+def test_a_shift_multiplies_every_snr(factor, T):
+    s = NoiseSchedule.cosine(T)
+    torch.testing.assert_close(s.shifted(factor).snr(), factor**2 * s.snr(), rtol=1e-8, atol=0)
+    assert torch.equal(s.shifted(1.0).betas, s.betas)
+
+
+def test_a_shift_leaves_no_signal_where_there_was_none():
+    s = NoiseSchedule.linear().zero_terminal_snr().shifted(0.5)
+    assert s.snr()[-1] == 0
+    assert (s.snr().diff() < 0).all()
+
+
+def test_shifted_cosine_moves_log_snr_by_that_of_128_pixels():
+    ours, plain = NoiseSchedule.named("shifted cosine", 1000), NoiseSchedule.cosine(1000)
+    moved = ours.snr().log() - plain.snr().log()
+    torch.testing.assert_close(moved, torch.full_like(moved, 2 * math.log(64 / 128)), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction", sorted(PREDICTIONS))
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_min_snr_weight_is_its_formula(prediction, offset):
+    s = NoiseSchedule.cosine(1000)
+    snr, capped = s.snr(), (s.snr() + offset).clamp(max=5)
+    expected = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[prediction]
+    found = s.min_snr_weight(torch.arange(1000), prediction, 5.0, offset)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_offset_keeps_the_weight_of_v_at_high_noise(name):
+    s, t = NoiseSchedule.named(name, 1000), torch.arange(1000)
+    without, with_one = (s.min_snr_weight(t, "v_prediction", 5.0, offset) for offset in (0.0, 1.0))
+    assert float(without[-1]) < (1e-2 if name == "quadratic" else 1e-3)
+    torch.testing.assert_close(with_one[s.snr() <= 4], torch.ones(int((s.snr() <= 4).sum())))
+    assert (with_one >= without).all()
+
+
+def test_an_offset_has_no_weight_for_the_noise_where_no_signal_is_left():
+    s, t = NoiseSchedule.linear().zero_terminal_snr(), torch.tensor([0, 999])
+    with pytest.raises(ValueError, match="predicts v or the image, or offset 0"):
+        s.min_snr_weight(t[:1], "epsilon", 5.0, 1.0)  # whatever t: a run fails at once, not some day
+    assert s.min_snr_weight(t, "epsilon", 5.0)[1] == 1
+    assert s.min_snr_weight(t, "v_prediction", 5.0, 1.0)[1] == 1
+    assert s.min_snr_weight(t, "sample", 5.0, 1.0)[1] == 1
 
 
 def test_first_step_is_already_noisy():
@@ -160,7 +211,8 @@ def test_no_float64_is_moved_to_a_device():
         (lambda s, x: NoiseSchedule(torch.tensor([0.1, 1.5])), r"betas\[1\] is 1.5"),
         (lambda s, x: NoiseSchedule(torch.zeros(2, 2)), "shape"),
         (lambda s, x: NoiseSchedule.linear(0), "at least one step"),
-        (lambda s, x: NoiseSchedule.named("exponential", 10), "cosine"),
+        (lambda s, x: NoiseSchedule.named("exponential", 10), "shifted cosine"),
+        (lambda s, x: s.shifted(0), "factor is 0"),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -169,6 +169,8 @@ def test_a_setting_goes_where_it_belongs():
         ({"schedule": "straight"}, "cosine"),
         ({"loss": "l3"}, "l2, l1, huber"),
         ({"min_snr_gamma": -1.0}, "or None"),
+        ({"min_snr_gamma": 5.0, "snr_offset": -1.0}, "snr_offset is -1.0: give 0 or more"),
+        ({"snr_offset": 1.0}, "give min_snr_gamma as well"),
         ({"drop": 2.0}, "share from 0 to 1"),
     ],
 )
@@ -229,6 +231,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     save_checkpoint(tmp_path / "d", _run(TINY.replace(steps=2))[-1])
     with pytest.raises(ValueError, match="is at step 2: give steps of at least that"):
         _run(TINY.replace(steps=1), resume=tmp_path / "d")
+
+
+def test_a_checkpoint_from_before_a_setting_had_its_default(tmp_path, monkeypatch):
+    config = TINY.replace(min_snr_gamma=5.0)
+    settings = config.objective.settings()
+    older = {k: v for k, v in settings.items() if k != "snr_offset"}
+    monkeypatch.setattr(Denoising, "settings", lambda self: older)
+    save_checkpoint(tmp_path / "c", next(train(config, SLICES, device="cpu")))
+    monkeypatch.undo()
+    next(train(config, SLICES, device="cpu", resume=tmp_path / "c"))
+    with pytest.raises(ValueError, match=r"snr_offset 0.0 ≠ 1.0"):
+        next(train(config.replace(snr_offset=1.0), SLICES, device="cpu", resume=tmp_path / "c"))
 
 
 def test_other_data_is_refused(tmp_path):
@@ -457,9 +471,10 @@ def test_every_loss_trains(loss, gamma):
     assert sum(s.loss for s in states[-10:]) < 0.95 * sum(s.loss for s in states[:10])
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_min_snr_weighs_the_error_of_the_image(prediction):
-    # Whatever is predicted, the weighted loss is min(SNR, γ) times the squared error of x₀.
+def test_min_snr_weighs_the_error_of_the_image(prediction, offset):
+    # Whatever is predicted, the weighted loss is min(SNR + offset, γ) times the squared error of x₀.
     schedule = NoiseSchedule.cosine(50)
     x0, noise, wrong = torch.randn((3, 7, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0, 3, 10, 20, 30, 40, 48])
@@ -467,13 +482,41 @@ def test_min_snr_weighs_the_error_of_the_image(prediction):
     def network(x, t, y):
         return schedule.target(x0, noise, t, prediction) + wrong
 
-    weighted = diffusion_loss(network, schedule, x0, t, noise, prediction, min_snr_gamma=5.0)
+    weighted = diffusion_loss(
+        network, schedule, x0, t, noise, prediction, min_snr_gamma=5.0, snr_offset=offset
+    )
     x_t = schedule.q_sample(x0, t, noise)
     guess = schedule.predict_x0(x_t, t, network(x_t, t, None), prediction)
     snr = schedule.snr()[t]
-    assert torch.allclose(
-        weighted, (snr.clamp(max=5) * (guess - x0).square().flatten(1).mean(1)).float(), rtol=1e-3
+    weight = (snr + offset).clamp(max=5)
+    assert torch.allclose(weighted, (weight * (guess - x0).square().flatten(1).mean(1)).float(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("profile", ["laptop", "full"])
+def test_the_profiles_weigh_high_noise(profile):
+    # Samplers start at T − 1: a network that was not asked there answers at random.
+    objective = PROFILES[profile].objective
+    schedule = objective.make_schedule()
+    high = (schedule.snr() <= 4).nonzero().flatten()
+    weight = schedule.min_snr_weight(
+        high, objective.prediction, objective.min_snr_gamma, objective.snr_offset
     )
+    assert high[-1] == objective.T - 1
+    assert weight.min() > 0.99
+
+
+def test_the_objective_weighs_with_its_offset():
+    drawn = {"images": SLICES[:4], "t": torch.full((4,), 49), "noise": torch.randn(SLICES[:4].shape), "y": {}}
+    network = lambda x, t, y=None: torch.zeros_like(x)  # noqa: E731
+    plain = TINY.objective(network, drawn)
+    one, none = (TINY.replace(min_snr_gamma=5.0, snr_offset=o).objective(network, drawn) for o in (1.0, 0.0))
+    torch.testing.assert_close(one, plain)
+    assert (none < 1e-2 * plain).all()
+
+
+def test_settings_from_before_the_offset_have_none():
+    stored = {k: v for k, v in TINY.objective.settings().items() if k != "snr_offset"}
+    assert Denoising.from_settings(stored) == TINY.objective
 
 
 def test_weights_where_no_signal_is_left():
@@ -689,7 +732,7 @@ def test_files_of_the_first_format_are_read(tmp_path):
 def test_shipped_weights_fit_their_profile():
     denoise, header = load_weights(), read_header(training.WEIGHTS)
     assert Denoising.from_settings(header.settings) == PROFILES["laptop"].objective
-    found_out = {"steps": 0, "precision": "bf16"}  # what "auto" had found on the machine of the run
+    found_out = {"steps": 0, "precision": "fp32"}  # what "auto" had found on the machine of the run
     assert header.training | {"steps": 0} == PROFILES["laptop"].loop() | found_out
     assert training.WEIGHTS.stat().st_size < 20e6
     assert 15e6 < count_parameters(PROFILES["full"].make_network()) < 25e6

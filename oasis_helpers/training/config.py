@@ -103,13 +103,24 @@ class TrainConfig:
 PROFILES = {
     # a taste, in CI and on any laptop: about a minute, not yet heads
     "quick": TrainConfig(steps=200, lr=2e-3, ema_decay=0.98).replace(base_channels=16),
-    # heads in five minutes on two cores (steps=1200); an hour gives the weights that ship
+    # heads in five minutes on two cores (steps=1200); all of it takes an hour
     "laptop": TrainConfig(
-        Denoising(min_snr_gamma=5.0), steps=14_800, batch_size=8, lr=1e-3, warmup=100, precision="auto"
+        Denoising(min_snr_gamma=5.0, snr_offset=1.0),
+        steps=14_800,
+        batch_size=8,
+        lr=1e-3,
+        warmup=100,
+        precision="auto",
     ),
     # a GPU's worth: 128×128, about 20 million parameters
     "full": TrainConfig(
-        steps=100_000, batch_size=64, lr=4e-4, warmup=1000, ema_decay=0.9995, precision="auto"
+        Denoising(schedule="shifted cosine", min_snr_gamma=5.0, snr_offset=1.0),
+        steps=200_000,
+        batch_size=32,
+        lr=4e-4,
+        warmup=1000,
+        ema_decay=0.9995,
+        precision="auto",
     ).replace(
         image_size=128, base_channels=64, channel_mult=(1, 2, 3, 4), num_res_blocks=2, attention_levels=(2, 3)
     ),

@@ -42,7 +42,7 @@ class Denoising:
     """The objective of diffusion: tell noise and image apart at every timestep.
 
     ``image_size`` in pixels; ``network``: settings of the :class:`~oasis_helpers.unet.UNet`;
-    ``schedule``, ``T``, ``prediction``, ``loss`` and ``min_snr_gamma`` as in
+    ``schedule``, ``T``, ``prediction``, ``loss``, ``min_snr_gamma`` and ``snr_offset`` as in
     :mod:`~oasis_helpers.diffusion`; ``conditions`` by name as in :mod:`~oasis_helpers.conditions`, left out
     of the share ``drop`` of the images, so that the network is unconditional as well. Raises
     ``ValueError`` for settings that do not exist.
@@ -55,6 +55,7 @@ class Denoising:
     prediction: str = "v_prediction"
     loss: str = "l2"
     min_snr_gamma: float | None = None
+    snr_offset: float = 0.0
     conditions: Mapping[str, Condition] = field(default_factory=dict)
     drop: float = 0.1
     kind: ClassVar[str] = "denoiser"
@@ -65,6 +66,13 @@ class Denoising:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a number from 1 to {most:,}.")
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}: give a number above 0, or None.")
+        if not self.snr_offset >= 0:
+            raise ValueError(f"snr_offset is {self.snr_offset}: give 0 or more.")
+        if self.snr_offset and self.min_snr_gamma is None:
+            raise ValueError(
+                f"snr_offset is {self.snr_offset}, but min_snr_gamma is None and so there is no weight: "
+                "give min_snr_gamma as well, or snr_offset 0."
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss is {self.loss!r}: choose one of {', '.join(LOSSES)}.")
         if not 0 <= self.drop <= 1:
@@ -132,7 +140,7 @@ class Denoising:
         x0 = to_unit_range(images) if images.dtype == torch.uint8 else images
         return diffusion_loss(
             network, self.make_schedule(), x0, step["t"], step["noise"], self.prediction, step["y"] or None,
-            loss=self.loss, min_snr_gamma=self.min_snr_gamma,
+            loss=self.loss, min_snr_gamma=self.min_snr_gamma, snr_offset=self.snr_offset,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,11 +293,13 @@ _MAY_CHANGE = ("steps", "accumulate", "precision")
 
 def check_same_run(path: str | Path, header: Header, config: TrainConfig, data: str) -> None:
     """``ValueError`` unless a run with ``config`` on ``data`` (a fingerprint) can go on from a checkpoint."""
+    # A setting that came after the checkpoint had its default then.
+    before = {f.name: f.default for f in fields(config.objective) if f.default is not MISSING}
     ours, theirs = (
         {**settings, **settings.pop("network", {}), **loop}
         for settings, loop in (
             (json.loads(json.dumps(config.objective.settings())), config.loop()),
-            (dict(header.settings), header.training),
+            (before | header.settings, header.training),
         )
     )
     differing = ", ".join(
