@@ -170,14 +170,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     denoise, segmenter = _denoiser(args), evaluation.load_segmenter(judge, pick_device())
     table, picture = (_new_file(out.with_name(f"{out.name}.{ending}")) for ending in ("json", "png"))
     location = find_data(args.data)
-    splits = [evaluation.load_split(location.folder(s), segmenter) for s in ("train", "validate", "test")]
-    evaluation.check_splits(*splits[1:])
+    train, real = evaluation.load_split(location.train, segmenter), evaluation.load_real(location, segmenter)
+    evaluation.check_real(real)
     images = _draw(args, denoise)
-    found = evaluation.evaluate(images, *splits, segmenter)
+    found = evaluation.evaluate(images, train, real, segmenter)
 
     weights = Path(args.weights or WEIGHTS)
     steps = "" if args.method == "ddpm" else f"{args.steps} steps, "
-    setting = f"{weights.name}: {args.number} samples, {args.method}, {steps}seed {args.seed}; {location}"
+    setting = (
+        f"{weights.name}: {args.number} samples, {args.method}, {steps}seed {args.seed}; {location}; "
+        f"compared with {len(set(real.reference.cases))} other heads"
+    )
     notes = evaluation.notes(found, read_header(weights).card, location, read_header(judge).card)
     report = {"setting": setting, "notes": notes, "rows": found.rows}
     table.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -266,7 +269,7 @@ def _add_network_commands(commands) -> None:
     p.set_defaults(run=_sample)
 
     p = commands.add_parser(
-        "evaluate", help="judge weights by held-out slices: a table (JSON) and a picture",
+        "evaluate", help="judge weights by slices of other heads: a table (JSON) and a picture",
     )  # fmt: skip
     p.add_argument("weights", nargs="?", help="file of weights (default: those that ship)")
     p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")

@@ -97,13 +97,21 @@ def lines(
     logx: bool = False,
     logy: bool = False,
     size: tuple[float, float] = (5.5, 3.0),
+    bounds: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
-    """Curves by name, each (x, y), with a legend when there are several. One point is drawn as a dot."""
+    """Curves by name, each (x, y), with a legend when there are several. One point is drawn as a dot.
+
+    ``bounds``: for some of the names an interval (low, high) a point, drawn as bars.
+    """
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     for index, (name, (x, y)) in enumerate(curves.items()):
         dot = "o" if len(x) == 1 else None
         axis.plot(np.asarray(x), np.asarray(y), marker=dot, label=name, linewidth=1.6, **_look(index))
+    for index, name in enumerate(curves):
+        if bounds and name in bounds:
+            low, high = np.asarray(bounds[name]).T
+            axis.vlines(np.asarray(curves[name][0]), low, high, color=_look(index)["color"], linewidth=1)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if logx:
         axis.set_xscale("log")
@@ -255,7 +263,7 @@ def scatter(x, y, xlabel: str, ylabel: str, *, title: str = "", size=(4.6, 3.0))
 
 
 def intervals(
-    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    groups: Mapping[str, Mapping[str, tuple[Sequence[float], float, float]]],
     xlabel: str,
     *,
     reference: float | None = None,
@@ -263,7 +271,7 @@ def intervals(
     title: str = "",
     width: float = 6.5,
 ) -> Figure:
-    """Repeated measurements by group and setting: a dot each, their mean and standard deviation.
+    """Repeated measurements by group and setting, each (values, low, high) of the mean.
 
     ``reference`` draws a dashed line at a value to compare with.
     """
@@ -275,10 +283,11 @@ def intervals(
     figure = Figure(figsize=(width, 0.6 + 0.2 * place), layout="constrained")
     axis = figure.subplots()
     for (group, name), y in zip(rows, places):
-        values = np.asarray(groups[group][name], dtype=float)
+        values, low, high = groups[group][name]
+        mean = np.mean(values)
         axis.plot(values, np.full(len(values), y), "o", color=BLUE, alpha=0.4, markersize=4)
-        spread = values.std(ddof=1) if len(values) > 1 else 0.0
-        axis.errorbar(values.mean(), y, xerr=spread, fmt="|", color="black", markersize=9, capsize=2)
+        spread = [[mean - low], [high - mean]]
+        axis.errorbar(mean, y, xerr=spread, fmt="|", color="black", markersize=9, capsize=2)
     if reference is not None:
         axis.axvline(reference, color="grey", linestyle="--", linewidth=1)
     names = [
@@ -331,9 +340,11 @@ def evaluation_panel(
     pairs: Sequence[tuple[Picture, Picture]],
     title: str,
 ) -> Figure:
-    """A report: samples, those nearest to a training slice above it, anatomy, and a table of figures.
+    """A report: samples, those nearest to a training slice above it, KID, anatomy, and a table of figures.
 
-    ``rows``, ``anatomy`` and ``pairs`` as in ``Evaluation``; ``samples``: at most 16 are shown.
+    ``rows``, ``anatomy`` and ``pairs`` as in ``Evaluation``; ``samples``: at most 16 are shown. KID stands
+    beside that of a perfect generator, with intervals, on an axis that is linear near 0 and logarithmic
+    beyond.
     """
     figure = Figure(figsize=(11, 10.5), layout="constrained")
     figure.suptitle(f"{title}\nsynthetic – not for diagnosis", fontsize=9)
@@ -352,7 +363,9 @@ def evaluation_panel(
         for axis, image in zip(order, images):
             _image_axis(axis, image)
 
-    for axis, name in zip(middle.subplots(1, 4), ("ventricles", "CSF", "grey", "symmetry")):
+    kid_axis, *others = middle.subplots(1, 5, width_ratios=(1.4, 1, 1, 1, 1))
+    _kid_axis(kid_axis, rows)
+    for axis, name in zip(others, ("ventricles", "CSF", "grey", "symmetry")):
         for index, (which, values) in enumerate(anatomy.items()):
             known, look = values[name][~values[name].isnan()].numpy(), _look(index, solid=True)
             if len(known):
@@ -365,12 +378,35 @@ def evaluation_panel(
 
     axis = bottom.subplots()
     axis.set_axis_off()
-    names = list(next(iter(rows.values())))
-    cells = [["–" if row[n] is None else f"{row[n]:.3f}" for row in rows.values()] for n in names]
+    names = [n for n in next(iter(rows.values())) if not n.endswith((", low", ", high"))]
+    cells = [[_with_interval(row, name) for row in rows.values()] for name in names]
     drawn = axis.table(cells, rowLabels=names, colLabels=list(rows), loc="center", cellLoc="right")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(7.5)
     return figure
+
+
+def _kid_axis(axis, rows: Mapping[str, Mapping[str, float | None]]) -> None:
+    """KID of each row, the first on top, as a point in its interval."""
+    for place, row in enumerate(rows.values()):
+        low, high = (row.get(f"KID, {end}") for end in ("low", "high"))
+        if None not in (low, high):
+            axis.plot([low, high], [place, place], color=BLUE, linewidth=2, solid_capstyle="butt")
+        axis.plot(row["KID"], place, "o", color=BLUE, markersize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axis.set(xlabel="KID, 95 % interval", ylim=(len(rows) - 0.5, -0.5))
+    axis.tick_params(axis="x", labelsize=7)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _with_interval(row: Mapping[str, float | None], name: str) -> str:
+    """A figure as a table shows it, and its interval where it has one."""
+    value, low, high = (row.get(name + end) for end in ("", ", low", ", high"))
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if None in (low, high) else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def progress_panel(

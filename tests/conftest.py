@@ -9,6 +9,16 @@ torch.set_num_threads(1)
 module._load_template = cache(module._load_template)  # seconds each time, and always the same
 
 
+@pytest.fixture(autouse=True)
+def _no_fresh_heads(monkeypatch):
+    """A test that wants the heads of a report gives a few of its own: the real ones take minutes."""
+
+    def refused():
+        raise AssertionError("a unit test asked for 1,200 fresh heads")
+
+    monkeypatch.setattr(module, "fresh_heads", refused, raising=False)
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory):
     """A small set: two training cases, one each to validate and test, four slices each."""

@@ -183,10 +183,20 @@ def test_checkpoints_every_0_steps_are_refused(train, tmp_path, capsys):
 @pytest.mark.parametrize("profile", ["quick", "laptop"])  # without one, and with one
 def test_min_snr_gamma_is_a_number_or_none(profile, capsys):
     settings = [f"min_snr_gamma={value}" for value in (None, 5, 2.5)]
-    found = [_with_settings(PROFILES[profile], [one]).objective.min_snr_gamma for one in settings]
+    # an offset to no weight would be refused
+    found = [
+        _with_settings(PROFILES[profile], [one, "snr_offset=0"]).objective.min_snr_gamma for one in settings
+    ]
     assert found == [None, 5, 2.5]
     for wrong in ("abc", "True", "(5,)"):
         _fails(["train", "--profile", profile, "--set", f"min_snr_gamma={wrong}"], "same kind", capsys)
+
+
+def test_snr_offset_is_a_number_beside_gamma(capsys):
+    config = _with_settings(PROFILES["quick"], ["min_snr_gamma=5", "snr_offset=1"])
+    assert config.objective.snr_offset == 1
+    _fails(["train", "--set", "snr_offset=1"], "give min_snr_gamma as well", capsys)
+    _fails(["train", "--set", "snr_offset=None"], "same kind", capsys)
 
 
 def test_settings_go_where_they_belong():
@@ -272,10 +282,10 @@ def test_many_samples_are_drawn_in_batches_and_none_comes_twice(tiny):
 # ---- evaluate -------------------------------------------------------------------------------------
 
 
-def _set(phantoms, root, kind="phantoms", validate=25, test=25):
+def _set(phantoms, root, validate=25, test=50):
     """The small set with its held-out slices under the numbers of so many cases each."""
     for split, cases in (("train", None), ("validate", validate), ("test", test)):
-        folder = DataLocation(root, kind).folder(split)
+        folder = DataLocation(root, "oasis").folder(split)
         if cases is None:
             shutil.copytree(phantoms.folder(split), folder)
             continue
@@ -283,8 +293,6 @@ def _set(phantoms, root, kind="phantoms", validate=25, test=25):
         for case in range(402, 402 + cases):
             for index, path in enumerate(sorted(phantoms.folder(split).iterdir())):
                 shutil.copy(path, folder / image_name(case, index))
-    if kind == "phantoms":
-        shutil.copy(phantoms.root / "phantoms.json", root)
     return root
 
 
@@ -314,14 +322,17 @@ def test_evaluate_with_a_segmenter_of_ones_own_where_figures_are_undefined(
     monkeypatch.setattr("oasis_helpers.__main__._draw", lambda args, denoise: images)
     monkeypatch.setattr(evaluation, "evaluate", partial(evaluation.evaluate, rounds=2))
     (tmp_path / "data").mkdir()
-    data = _set(phantoms, tmp_path / "data", "oasis")
+    data = _set(phantoms, tmp_path / "data")
     command = ["evaluate", tiny, "--data", data, "--out", out, "--segmenter", segmenter]
     assert main([str(a) for a in [*command, "--number", "100", "--method", "ddpm"]]) == 0
     report = json.loads(out.with_suffix(".json").read_text(), parse_constant=_strictly)
-    assert report["setting"] == "tiny.safetensors: 100 samples, ddpm, seed 0; OASIS, 52 cases"
-    assert report["notes"] == [
-        "copies were searched for among 2 training cases of the 36 that the weights saw"
-    ]
+    assert (
+        report["setting"]
+        == "tiny.safetensors: 100 samples, ddpm, seed 0; OASIS, 77 cases; compared with 25 other heads"
+    )
+    first, *failed = report["notes"]
+    assert first == "copies were searched for among 2 training cases of the 36 that the weights saw"
+    assert all(note.startswith("a control failed: ") for note in failed)
     for row in report["rows"].values():
         assert {name for name, value in row.items() if value is None} >= {"FID", "anatomy: symmetry"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -330,8 +341,8 @@ def test_evaluate_with_a_segmenter_of_ones_own_where_figures_are_undefined(
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"test": 24}, "the test split has 96 slices of 24 cases: a report needs 100"),
-        ({"validate": 24}, "the validate split has 96 slices of 24 cases: a report needs 100"),
+        ({"test": 49}, "half of the test split, has 96 slices of 24 cases: a report needs 100"),
+        ({"validate": 24}, "the validate split, has 96 slices of 24 cases: a report needs 100"),
         ({"validate": 0}, "keras_png_slices_validate"),
     ],
 )
@@ -340,7 +351,7 @@ def test_a_set_too_small_to_judge_by_is_refused_before_drawing(
 ):
     data = _set(phantoms, tmp_path, **sizes)
     if sizes.get("validate") == 0:
-        DataLocation(data, "phantoms").validate.rmdir()
+        DataLocation(data, "oasis").validate.rmdir()
     _fails(["evaluate", "--data", data, "--out", tmp_path / "r"], message, capsys)
     assert not list(tmp_path.glob("r.*"))
 

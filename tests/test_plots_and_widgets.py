@@ -55,6 +55,14 @@ def test_a_single_point_can_be_seen():
     assert (with_point != _pixels(plots.lines(curves, "x", "y"))).any()
 
 
+def test_bounds_are_drawn_at_the_points_of_their_curve():
+    curves = {"a": ([1, 2], [1, 3]), "b": ([1, 2], [2, 1])}
+    (axis,) = plots.lines(curves, "x", "y", bounds={"b": [(1.5, 2.5), (0, 4)]}).axes
+    (bars,) = axis.collections
+    assert [bar.tolist() for bar in bars.get_segments()] == [[[1, 1.5], [1, 2.5]], [[2, 0], [2, 4]]]
+    assert to_hex(bars.get_color()[0]) == to_hex(axis.lines[1].get_color())
+
+
 def test_lines_show_their_data():
     curves = {"a": ([1, 2], [1, 3]), "b": ([1, 2], [2, 1])}
     (axis,) = plots.lines(curves, "x", "y", title="t", logx=True, logy=True).axes
@@ -91,10 +99,12 @@ def test_bars_points_and_intervals_show_their_data():
     assert [text.get_text() for text in axis.texts] == ["1", "2"]
     (axis,) = plots.scatter([0, 1], [3, 2], "x", "y").axes
     assert axis.lines[0].get_xydata().tolist() == [[0, 3], [1, 2]]
-    groups = {"loss": {"L2": [1.0, 2.0], "L1": [2.0, 3.0]}, "T": {"10": [1.0]}}
+    groups = {"loss": {"L2": ([1.0, 2.0], 1.2, 1.9), "L1": ([2.0, 3.0], 2, 4)}, "T": {"10": ([1.0], 1, 1)}}
     (axis,) = plots.intervals(groups, "x", reference=1.5, logx=True).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["loss:  L2", "L1", "T:  10"]
     assert [container[0].get_xdata().tolist() for container in axis.containers] == [[1.5], [2.5], [1.0]]
+    ends = [container[2][0].get_segments()[0][:, 0].tolist() for container in axis.containers]
+    assert ends == [[1.2, 1.9], [2.0, 4.0], [1.0, 1.0]]
 
 
 def test_heatmaps_show_their_data_on_one_scale():
@@ -136,13 +146,19 @@ def test_a_step_shows_the_sample_and_the_guess():
 
 
 def test_a_report_shows_all_it_is_given():
-    rows = {"generated": {"KID": 0.1234, "FID": None}, "noise": {"KID": 11.0, "FID": 466.0}}
+    rows = {
+        "generated": {"KID": 0.1234, "KID, low": 0.05, "KID, high": 0.2, "FID": None},
+        "noise": {"KID": 11.0, "KID, low": None, "KID, high": None, "FID": 466.0},
+    }
     parts, sets = ("ventricles", "CSF", "grey", "symmetry"), [f"set {n}" for n in range(7)]
     anatomy = {name: dict.fromkeys(parts, torch.tensor([0.1, 0.2, float("nan")])) for name in sets}
     pairs = [(torch.full((1, 8, 8), -1.0), torch.full((1, 8, 8), 1.0))] * 8
     figure = plots.evaluation_panel(rows, anatomy, [torch.zeros(1, 8, 8)] * 20, pairs, "weights")
     assert figure.get_suptitle() == "weights\nsynthetic – not for diagnosis"
-    samples, nearest, bodies = figure.axes[:16], figure.axes[16:32], figure.axes[32:36]
+    samples, nearest, kid, bodies = figure.axes[:16], figure.axes[16:32], figure.axes[32], figure.axes[33:37]
+    assert [label.get_text() for label in kid.get_yticklabels()] == list(rows)
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in kid.lines[:-1]]
+    assert drawn == [([0.05, 0.2], [0, 0]), ([0.1234], [0]), ([11.0], [1])]  # no interval, no line
     shades = [[float(axis.images[0].get_array().mean()) for axis in part] for part in (samples, nearest)]
     assert shades == [[0.5] * 16, [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4]  # each above its training slice
     assert [axis.get_xlabel() for axis in bodies] == list(parts)
@@ -150,10 +166,12 @@ def test_a_report_shows_all_it_is_given():
         looks = [(patch.get_edgecolor(), patch.get_linestyle()) for patch in axis.patches]
         assert len(looks) == len(set(looks)) == 7
     assert [text.get_text() for text in bodies[-1].get_legend().get_texts()] == sets
-    (table,) = figure.axes[36].tables
+    (table,) = figure.axes[37].tables
     cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
     assert [cells[0, 0], cells[0, 1], cells[1, -1], cells[2, -1]] == ["generated", "noise", "KID", "FID"]
-    assert [cells[1, 0], cells[1, 1], cells[2, 0], cells[2, 1]] == ["0.123", "11.000", "–", "466.000"]
+    assert (3, -1) not in cells
+    figures = [cells[1, 0], cells[1, 1], cells[2, 0], cells[2, 1]]
+    assert figures == ["0.123 (0.050 to 0.200)", "11.000", "–", "466.000"]
 
 
 def test_a_report_with_undefined_figures_is_drawn_and_names_every_set():
@@ -162,7 +180,7 @@ def test_a_report_with_undefined_figures_is_drawn_and_names_every_set():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = plots.evaluation_panel({"generated": {"KID": 0.1}}, anatomy, [], [], "weights")
-    assert [text.get_text() for text in figure.axes[35].get_legend().get_texts()] == ["real", "generated"]
+    assert [text.get_text() for text in figure.axes[36].get_legend().get_texts()] == ["real", "generated"]
 
 
 def test_show_carries_its_text(monkeypatch):

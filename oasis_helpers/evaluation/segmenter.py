@@ -23,7 +23,7 @@ from ..data import to_unit_range
 from ..training import TrainConfig, TrainState, load_network, read_header, save, train
 from ..unet import UNet
 
-LEAST = 100  # generated images: what a subset of KID takes
+LEAST = 100  # images of a set in a report: with fewer, one in a hundred cannot be seen
 SEGMENTER = Path(__file__).parents[1] / "weights" / "segmenter-64.safetensors"
 
 
@@ -148,7 +148,7 @@ class Segmentation:
 
 
 def train_segmenter(
-    slices: Tensor, masks: Tensor, *, steps: int = 2000, batch_size: int = 16, lr: float = 3e-3, seed: int = 0
+    slices: Tensor, masks: Tensor, *, steps: int = 2000, batch_size: int = 16, lr: float = 1e-3, seed: int = 0
 ) -> Iterator[TrainState]:
     """Train a :class:`Segmenter` by the loop of all networks, and yield its state after every step.
 
