@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 test notebooks figures fuzz bench: export OMP_NUM_THREADS ?= 1
 test test-processors notebooks figures fuzz bench: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: lab test test-processors notebooks lint format phantoms figures fuzz bench quality clean help
+.PHONY: lab test test-processors notebooks lint format phantoms heads figures fuzz bench quality clean help
 
 help:
 	@sed -n '/^[a-z-]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
@@ -31,19 +31,22 @@ $(READY): pyproject.toml constraints.txt
 phantoms: $(READY) ## make the default phantom set (once, about a minute)
 	@$(PY) -m oasis_helpers phantoms
 
+heads: phantoms ## make the fresh heads that samples are compared with (once, some minutes)
+	@$(PY) -c 'from oasis_helpers.phantoms import fresh_heads; fresh_heads()'
+
 lab: phantoms ## open the series in JupyterLab; PORT=8889 for another port, HEADLESS=1 for no browser
 	OMP_NUM_THREADS=$$($(PY) -c 'import joblib; print(joblib.cpu_count())') $(PY) -m jupyter lab --port=$(PORT) $(if $(HEADLESS),--no-browser) \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) \
 	  notebooks/01_data_exploration.ipynb
 
-test: phantoms ## unit tests, then every notebook against its stored outputs
+test: heads ## unit tests, then every notebook against its stored outputs
 	$(PY) -m pytest tests -n 2 --dist loadfile --cov=oasis_helpers --cov-report=term --cov-fail-under=90
 	$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadfile
 
-test-processors: phantoms ## every notebook as other processors and two threads run it (an hour or two)
+test-processors: heads ## every notebook as other processors and two threads run it (an hour or two)
 	$(PY) tests/processors.py
 
-notebooks: phantoms ## run the notebooks and store their outputs
+notebooks: heads ## run the notebooks and store their outputs
 	$(PY) tests/notebook_tools.py
 
 lint: $(READY) ## ruff over code and notebooks
@@ -66,12 +69,17 @@ bench: phantoms ## measure phantoms, loading, conversion and resuming
 	$(PY) benchmarks/resume.py
 
 LARGE ?= runs/phantoms-large
-quality: phantoms ## train the weights that ship and measure everything that takes hours (see benchmarks/)
+quality: heads ## train the weights that ship and measure everything that takes hours (see benchmarks/)
 	[ -d $(LARGE) ] || $(PY) -m oasis_helpers phantoms $(LARGE) --cases 302 35 17
+	$(PY) benchmarks/realism.py
+	$(PY) benchmarks/segmenter.py $(LARGE)
 	$(PY) benchmarks/minutes.py $(LARGE) runs/minutes
+	cp runs/minutes/laptop-20-minutes.safetensors oasis_helpers/weights/phantoms-64.safetensors
+	$(PY) benchmarks/weightings.py $(LARGE) runs/weightings
 	$(PY) benchmarks/time_to_quality.py $(LARGE)
 	$(PY) benchmarks/samplers.py $(LARGE)
 	$(PY) benchmarks/evaluation.py $(LARGE) runs/minutes
+	$(PY) benchmarks/card.py
 	$(PY) benchmarks/ablations.py
 	$(PY) benchmarks/networks.py
 	$(PY) benchmarks/scaling.py

@@ -1,35 +1,38 @@
-"""What each choice in training is worth: one change at a time, three seeds.
+"""What each choice in training is worth: one change at a time, five seeds.
 
-``python benchmarks/ablations.py`` trains 57 small networks (about an hour on two cores), prints the
+``python benchmarks/ablations.py`` trains 110 small networks (about two hours on two cores), prints the
 table and stores it; started again it goes on where it stopped. All networks learn from the default phantoms
-at 32×32 (one at 64×64), see the same number of images and are judged by the KID between 256 samples
-and all held-out slices in the features of the segmenter that ships. Pictures of 32×32 are enlarged first,
-real ones too. Precision fp32, so that the table does not depend on the machine.
+at 32×32 (one at 64×64) and, but for the batches of the same time, see the same number of images. They are
+judged as ``judge.py`` says, but by 256 samples; real heads and samples alike have 32×32 pixels and are
+enlarged for the segmenter, so that all rows stand on one scale. Every setting is compared with the first of
+its choice, seed by seed. Precision fp32 and one thread a run, so that only the batches of the same time hang
+on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import time
 from functools import cache
 from pathlib import Path
 
 import joblib
 import torch
+from judge import STEPS, draw, holm, judge_of, machine, over_seeds, paired, shrunk
 
-from oasis_helpers.data import find_data, load_slices, to_unit_range
-from oasis_helpers.evaluation import embed, kid, load_segmenter, resize_for_segmenter
+from oasis_helpers.data import load_slices
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
-from oasis_helpers.sampling import clipped, sample_images
 from oasis_helpers.training import TrainConfig, train
 
 RESULT = Path(__file__).with_name("ablations.json")
-SEEDS = (0, 1, 2)
-SAMPLES, SAMPLING_STEPS = 256, 20
-BASE = TrainConfig(steps=500, lr=2e-3, ema_decay=0.995).replace(image_size=32, base_channels=16)
+SEEDS = (0, 1, 2, 3, 4)
+SAMPLES, SIZE = 256, 32
+BASE = TrainConfig(steps=500, lr=2e-3, ema_decay=0.995).replace(image_size=SIZE, base_channels=16)
+SETTING = (
+    f"KID of {SAMPLES} samples of {SIZE}×{SIZE}, {STEPS} DPM-Solver++ steps, fp32, {len(SEEDS)} seeds; "
+    "intervals 95 % over seeds (Student's t), differences to the first setting by seed, p after Holm"
+)
 
 # What is changed → the settings tried, each as the fields that differ from BASE.
 CHOICES: dict[str, dict[str, dict]] = {
@@ -40,7 +43,11 @@ CHOICES: dict[str, dict[str, dict]] = {
         "image": {"prediction": "sample"},
     },
     "loss": {"L2": {}, "L1": {"loss": "l1"}, "Huber": {"loss": "huber"}},
-    "weighting": {"none": {}, "min-SNR 5": {"min_snr_gamma": 5.0}},
+    "weighting": {
+        "none": {},
+        "min-SNR 5": {"min_snr_gamma": 5.0},
+        "min-SNR 5 of SNR + 1": {"min_snr_gamma": 5.0, "snr_offset": 1.0},
+    },
     # min-SNR gives all three the same weights: what is left is what the network puts out
     "prediction, min-SNR 5": {
         "v": {"min_snr_gamma": 5.0},
@@ -63,44 +70,43 @@ CHOICES: dict[str, dict[str, dict]] = {
 }
 
 
-class Judge:
-    """Slices to learn from and to be compared with, at any size."""
+BATCHES = (16, 4, 64)
 
-    def __init__(self, root: str | None = None):
-        # by default not find_data(): these figures are about phantoms
-        location = find_data(root) if root else make_phantoms(phantom_cache())
-        self.segmenter, self.folders = load_segmenter(), (location.validate, location.test)
-        self.train_folder, self.cache = location.train, {}
 
-    def at(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training slices as bytes, and the features of all held-out ones."""
-        if size not in self.cache:
-            held_out = torch.cat([load_slices(folder, size) for folder in self.folders])
-            features = embed(resize_for_segmenter(to_unit_range(held_out)), self.segmenter)
-            self.cache[size] = load_slices(self.train_folder, size), features
-        return self.cache[size]
-
-    def distance(self, images: torch.Tensor, size: int) -> float:
-        """KID between images (B, 1, size, size) and the held-out slices."""
-        return kid(self.at(size)[1], embed(resize_for_segmenter(images), self.segmenter))[0]
+def choices(seconds: dict[str, float]) -> dict[str, dict[str, dict]]:
+    """All choices; ``seconds`` of a step by batch size say how many steps take the same time."""
+    same_time = {"16": {}}
+    for batch in BATCHES[1:]:
+        steps = round(BASE.steps * seconds["16"] / seconds[str(batch)])
+        same_time[str(batch)] = {"batch_size": batch, "steps": steps, "warmup": steps // 10}
+    return CHOICES | {"batch (same time)": same_time}
 
 
 @cache
-def judge_of_this_process(root: str | None = None) -> Judge:
-    return Judge(root)
+def training_slices(size: int) -> torch.Tensor:
+    """Training slices of the default phantoms as bytes."""
+    return load_slices(make_phantoms(phantom_cache()).train, size)
+
+
+def seconds_per_step(batch: int, count: int = 30) -> float:
+    """Of the base configuration with another batch, on one thread with nothing beside it."""
+    torch.set_num_threads(1)
+    for state in train(BASE.replace(batch_size=batch, steps=count + 5), training_slices(SIZE), device="cpu"):
+        if state.step == 5:
+            started = time.perf_counter()
+    return (time.perf_counter() - started) / count
 
 
 def measure(name: str, config: TrainConfig) -> tuple[str, dict[str, float]]:
     """One training run: its name, KID of the averaged and of the last weights, and the seconds it took."""
     torch.set_num_threads(1)  # so small a network gains nothing from a second thread; two processes do
-    judge, started = judge_of_this_process(), time.perf_counter()
-    objective = config.objective
-    *_, state = train(config, judge.at(objective.image_size)[0], device="cpu")
+    judge, objective = judge_of(size=SIZE), config.objective
+    slices, started = training_slices(objective.image_size), time.perf_counter()
+    *_, state = train(config, slices, device="cpu")
     found = {"seconds": time.perf_counter() - started}
     for which, network in (("average", state.ema.model), ("last step", state.model.eval())):
-        denoise = clipped(objective.denoiser(network))
-        samples = sample_images(denoise, SAMPLES, method="ddim", steps=SAMPLING_STEPS, seed=config.seed)
-        found[which] = judge.distance(samples, objective.image_size)
+        samples = draw(objective.denoiser(network), SAMPLES, seed=config.seed)
+        found[which] = judge.distance(shrunk(samples, SIZE))["KID"]
     return name, found
 
 
@@ -110,30 +116,43 @@ def key(config: TrainConfig) -> str:
     return ", ".join(f"{k}={v}" for k, v in config.settings().items() if v != base[k]) or "base"
 
 
-def rows(runs: dict[str, dict]) -> list[dict]:
-    """The table: choice, setting, the KID of every seed, their mean and standard deviation."""
+def rows(runs: dict[str, dict], seconds: dict[str, float]) -> list[dict]:
+    """The table: KID of every seed, mean and interval, and the difference to the first setting of the choice.
+
+    Only settings whose seeds are all there; p is corrected for all comparisons in the table (Holm).
+    """
     table = []
-    for choice, settings in CHOICES.items():
+    for choice, settings in choices(seconds).items():
+        base = None
         for setting, changes in settings.items():
             which = "last step" if setting == "last step" else "average"
             names = [key(BASE.replace(seed=seed, **changes)) for seed in SEEDS]
-            values = [runs[name][which] for name in names if name in runs]
-            if len(values) == len(SEEDS):
-                mean, deviation = statistics.mean(values), statistics.stdev(values)
-                table.append(
-                    {"choice": choice, "setting": setting, "kid": values, "mean": mean, "sd": deviation}
-                )
+            if not all(name in runs for name in names):
+                continue
+            values = [runs[name][which] for name in names]
+            is_first = setting == next(iter(settings))
+            base = values if is_first else base
+            row = {"choice": choice, "setting": setting, "kid": values} | over_seeds(values)
+            table.append(row | {"difference": None if is_first or base is None else paired(values, base)})
+    compared = [row["difference"] for row in table if row["difference"]]
+    for difference, p in zip(compared, holm([difference["p"] for difference in compared])):
+        difference["p"] = p
     return table
 
 
 def show(result: dict) -> None:
     """Print the table."""
-    print(result["setting"], "·", result["machine"])
-    print(f"real slices against real slices: {result['floor']:.3f}\n")
+    print(result["machine"], "·", result["setting"])
+    print(f"a perfect generator: {result['perfect generator']['KID']:.3f}\n")
     before = None
     for row in result["table"]:
         name = row["choice"] if row["choice"] != before else ""
-        print(f"{name:<24} {row['setting']:<12} {row['mean']:7.3f} ± {row['sd']:.3f}")
+        line = f"{name:<24} {row['setting']:<21} {row['mean']:7.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        if found := row["difference"]:
+            line += (
+                f"   {found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}), p {found['p']:.2g}"
+            )
+        print(line)
         before = row["choice"]
 
 
@@ -142,31 +161,40 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the runs that are stored")
     parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="runs at the same time")
     args = parser.parse_args()
-    judge, result = Judge(), {}
+    judge, result = judge_of(size=SIZE), {}
     if RESULT.exists() and not args.fresh:
         result = json.loads(RESULT.read_text())
+    if result.get("setting") != SETTING:
+        result = {}  # of another protocol
     runs = result.get("runs", {})
+    seconds = result.get("seconds per step") or {str(batch): seconds_per_step(batch) for batch in BATCHES}
+    others = judge.real.others
+    result = {
+        "machine": machine(),
+        "setting": SETTING,
+        "base": BASE.settings(),
+        "seconds per step": seconds,
+        "perfect generator": judge.distance(others.images, others.cases),
+    }
     wanted = {}
     for seed in SEEDS:
-        for settings in CHOICES.values():
+        for settings in choices(seconds).values():
             for changes in settings.values():
                 config = BASE.replace(seed=seed, **changes)
                 wanted[key(config)] = config
     missing = {name: config for name, config in wanted.items() if name not in runs}
     jobs = (joblib.delayed(measure)(name, config) for name, config in missing.items())
+
+    def stored() -> dict:
+        found = result | {"table": rows(runs, seconds), "runs": runs}
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
     for name, found in joblib.Parallel(args.jobs, return_as="generator_unordered")(jobs):
         runs[name] = found
         print(f"{len(runs)}/{len(wanted)} {name}: {found}", flush=True)
-        result = {
-            "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
-            "setting": f"KID of {SAMPLES} samples, {SAMPLING_STEPS} DDIM steps, {len(SEEDS)} seeds",
-            "base": BASE.settings(),
-            "floor": judge.distance(to_unit_range(judge.at(32)[0][::4]), 32),
-            "table": rows(runs),
-            "runs": runs,
-        }
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
+        stored()
+    show(stored())
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import joblib
@@ -30,33 +32,34 @@ PRECISIONS = ("fp32", "bf16")
 WARM_UP, STEPS = 2, 6
 
 
-def ours(width: int):
+def ours(width: int, channels: int = 1, size: int = SIZE):
     from oasis_helpers.training import PROFILES
 
-    return PROFILES["laptop"].replace(base_channels=width).make_network()
+    kept = {"image_size": size, "in_channels": channels, "out_channels": channels}
+    return PROFILES["laptop"].replace(base_channels=width, **kept).make_network()
 
 
-def diffusers(width: int):
+def diffusers(width: int, channels: int = 1, size: int = SIZE):
     from diffusers import UNet2DModel
 
     down, up = ["DownBlock2D"] * 3 + ["AttnDownBlock2D"], ["AttnUpBlock2D"] + ["UpBlock2D"] * 3
     return UNet2DModel(
-        SIZE, 1, 1, block_out_channels=(width, width, 2 * width, 3 * width), layers_per_block=1,
+        size, channels, channels, block_out_channels=(width, width, 2 * width, 3 * width), layers_per_block=1,
         down_block_types=down, up_block_types=up, norm_num_groups=8,
     )  # fmt: skip
 
 
-def lucidrains(width: int):
+def lucidrains(width: int, channels: int = 1, size: int = SIZE):
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Unet
 
-    return Unet(width, channels=1, dim_mults=(1, 2, 3))
+    return Unet(width, channels=channels, dim_mults=(1, 2, 3))
 
 
-def monai(width: int):
+def monai(width: int, channels: int = 1, size: int = SIZE):
     from monai.networks.nets import DiffusionModelUNet
 
     return DiffusionModelUNet(
-        2, 1, 1, num_res_blocks=1, channels=(width, 2 * width, 3 * width),
+        2, channels, channels, num_res_blocks=1, channels=(width, 2 * width, 3 * width),
         attention_levels=(False, False, True), num_head_channels=width, norm_num_groups=8,
     )  # fmt: skip
 
@@ -67,13 +70,18 @@ PACKAGES = {"diffusers": "diffusers", LUCIDRAINS: "denoising_diffusion_pytorch",
 SPEEDS = ("training, images/s", "sampling, images/s")
 
 
+def missing() -> list[str]:
+    """The peers that are not installed."""
+    return [name for name, package in PACKAGES.items() if find_spec(package) is None]
+
+
 def parameters(model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def width_near(name: str, wanted: int) -> int:
-    """The width, a multiple of 8, that comes nearest to ``wanted`` parameters."""
-    return min(range(16, 129, 8), key=lambda width: abs(parameters(NETWORKS[name](width)) - wanted))
+def width_near(make: Callable, wanted: int) -> int:
+    """The width, a multiple of 8, with which ``make(width)`` comes nearest to ``wanted`` parameters."""
+    return min(range(16, 129, 8), key=lambda width: abs(parameters(make(width)) - wanted))
 
 
 def measure(name: str, width: int, precision: str) -> dict[str, float]:
@@ -131,15 +139,12 @@ def main() -> None:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2])))
         return
 
-    from importlib.util import find_spec
-
     from oasis_helpers.training import PROFILES
 
-    missing = [name for name, package in PACKAGES.items() if find_spec(package) is None]
-    print("not installed, left out:", ", ".join(missing) or "none")
-    names = [name for name in NETWORKS if name not in missing]
+    print("not installed, left out:", ", ".join(missing()) or "none")
+    names = [name for name in NETWORKS if name not in missing()]
     wanted = parameters(PROFILES["laptop"].make_network())
-    widths = {name: width_near(name, wanted) for name in names}
+    widths = {name: width_near(NETWORKS[name], wanted) for name in names}
     counts = {name: parameters(NETWORKS[name](widths[name])) for name in names}
     found = {(name, precision): [] for precision in PRECISIONS for name in names}
     for _ in range(args.rounds):

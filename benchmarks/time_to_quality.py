@@ -1,13 +1,18 @@
-"""The same minutes for every network: whose samples are best?
+"""The same minutes and the same steps for every network: whose samples are best?
 
 ``python benchmarks/time_to_quality.py ROOT`` needs the large phantom set (``python -m oasis_helpers phantoms
 ROOT --cases 302 35 17``). It trains this U-Net and those of three well-known libraries (see ``networks.py``:
-equal parameters within a tenth) by the same loop on the same slices, three seeds. First the speed of each is
-measured with all cores and nothing else running, in turn, the median of five rounds; it says how many steps
-the minutes hold for each, and the learning rate falls to zero over them. The runs themselves then go in
-parallel, a thread each. Judged by what ``evaluation.py`` measures: distances, precision and coverage between
-320 samples and the held-out slices in the features of the segmenter, and how far their anatomy is off;
-beside it, as the floor, the same for 320 slices of other heads.
+equal parameters within a tenth) by the same loop on the same slices, in fp32. Ours folds 2×2 pixels into
+channels and works on 32×32; so that no network is judged by that alone, each of the others runs a second
+time behind the same folding. First the speed of each is measured with all cores and nothing else running, in
+turn, the median of five rounds; it says how many steps the minutes hold for each. A second race gives all as
+many steps as the minutes hold for diffusers unfolded: enough to see heads, and few enough for the slowest.
+The learning rate falls to zero over the steps. The runs go in parallel, a thread each, and are judged as
+``judge.py`` says; beside them stands what a perfect generator would reach.
+
+A seed decides the initial weights, the order of the slices, timesteps and noise, and where sampling starts.
+Three seeds can show a difference that is several times their spread: the interval of the mean of three is 2.5
+standard deviations to each side. They cannot rank networks that come close.
 Everything is stored as it comes: started again, it goes on. Draws ``figures/time_to_quality.png``.
 """
 
@@ -15,40 +20,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import joblib
 import numpy as np
 import torch
-from networks import NETWORKS, parameters, width_near
-from torch import nn
+import torch.nn.functional as F
+from judge import SETTING, draw, holm, judge_of, machine, paired
+from networks import NETWORKS, missing, parameters, width_near
+from torch import Tensor, nn
 
 from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices
-from oasis_helpers.evaluation import (
-    Split,
-    anatomy,
-    anatomy_distances,
-    embed,
-    fid,
-    kid,
-    load_segmenter,
-    load_split,
-    precision_recall,
-    segment,
-)
-from oasis_helpers.sampling import clipped, sample_images
-from oasis_helpers.training import PROFILES, autocast, train
+from oasis_helpers.training import PROFILES, train
 
 RESULT = Path(__file__).with_name("time_to_quality.json")
 SAMPLED = RESULT.with_suffix(".npz")
 PICTURE = Path(__file__).parents[1] / "figures" / "time_to_quality.png"
-SEEDS, ROUNDS, SAMPLES, SAMPLING_STEPS = (0, 1, 2), 5, 320, 20
-SHOWN = ("KID", "FID", "precision", "coverage", "brain", "ventricles", "symmetry")
-CONFIG = PROFILES["laptop"].replace(precision="bf16")
+ROUNDS, FOLD = 5, 2
+OURS, MEASURE = "oasis_helpers", "diffusers"  # whose minutes give the number of the same steps
+MINUTES, STEPS = RACES = ("same minutes", "same steps")
+SHOWN = ("KID", "FID", "precision", "coverage", "anatomy: ventricles", "anatomy: symmetry")
+CONFIG = PROFILES["laptop"].replace(precision="fp32")
 
 
 class Called(nn.Module):
@@ -58,79 +55,102 @@ class Called(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x, t, y=None):
+    def forward(self, x: Tensor, t: Tensor, y=None) -> Tensor:
         output = self.network(x, t)
         return getattr(output, "sample", output)  # diffusers wraps its output
 
 
-def fresh(name: str, width: int, seed: int) -> nn.Module:
+class Folded(Called):
+    """The same behind pixel folding: the network sees (B, 4 C, H/2, W/2), and so it answers."""
+
+    def forward(self, x: Tensor, t: Tensor, y=None) -> Tensor:
+        return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x, FOLD), t), FOLD)
+
+
+def builders() -> dict[str, partial]:
+    """How each network of the race is made from its width, by name; what is not installed is left out."""
+    found = {}
+    for name, make in NETWORKS.items():
+        if name in missing():
+            continue
+        found[name] = partial(_build, Called, make, 1, CONFIG.objective.image_size)
+        if name != OURS:  # which folds by itself
+            size = CONFIG.objective.image_size // FOLD
+            found[f"{name}, folded"] = partial(_build, Folded, make, FOLD**2, size)
+    return found
+
+
+def _build(wrapper, make, channels: int, size: int, width: int) -> nn.Module:
+    return wrapper(make(width, channels, size))
+
+
+def new_network(name: str, width: int, seed: int) -> nn.Module:
+    """A network with fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Called(NETWORKS[name](width))
+        return builders()[name](width)
 
 
-def steps_per_second(name: str, width: int, slices: torch.Tensor, count: int = 15) -> float:
+def steps_per_second(name: str, width: int, slices: Tensor, count: int = 15) -> float:
     """Speed of training on all cores, with nothing beside it."""
     torch.set_num_threads(joblib.cpu_count())
-    for state in train(CONFIG.replace(steps=count + 3), slices, model=fresh(name, width, 0), device="cpu"):
+    network = new_network(name, width, 0)
+    for state in train(CONFIG.replace(steps=count + 3), slices, model=network, device="cpu"):
         if state.step == 3:
             started = time.perf_counter()
     return count / (time.perf_counter() - started)
 
 
-def quality(split: Split, real: Split, segmenter) -> dict[str, float]:
-    """How far the images are from the real ones, as features and as anatomy (in deviations of the real)."""
-    found = {"KID": kid(real.features, split.features)[0], "FID": fid(real.features, split.features)}
-    found |= precision_recall(real.features, split.features, cases=(real.cases, split.cases))
-    parts = (anatomy(segment(images, segmenter)) for images in (real.images, split.images))
-    return found | anatomy_distances(*parts)
-
-
-def floor(root: str) -> dict[str, float]:
-    """What as many slices of other heads reach."""
-    location, segmenter = find_data(root), load_segmenter()
-    real, others = (load_split(folder, segmenter) for folder in (location.validate, location.test))
-    some = torch.linspace(0, len(others.cases) - 1, SAMPLES).long()
-    cases = [others.cases[i] for i in some.tolist()]
-    return quality(Split(others.images[some], others.features[some], cases), real, segmenter)
+def plan(speeds: dict[str, float], minutes: float) -> dict[str, dict[str, int]]:
+    """How many steps each network makes in each race."""
+    held = {name: int(60 * minutes * speed) for name, speed in speeds.items()}
+    return {MINUTES: held, STEPS: dict.fromkeys(held, held[MEASURE])}
 
 
 def measure(root: str, name: str, width: int, seed: int, steps: int) -> tuple[str, int, dict, np.ndarray]:
     """One run: network, seed, what it reached, and its first eight samples as bytes."""
     torch.set_num_threads(1)
-    location, segmenter = find_data(root), load_segmenter()
     config = CONFIG.replace(steps=steps, warmup=min(CONFIG.warmup, steps // 5), seed=seed)
-    slices = load_slices(location.train, config.objective.image_size)
-    *_, state = train(config, slices, model=fresh(name, width, seed), device="cpu")
-    denoise = clipped(config.objective.denoiser(state.ema.model))
-    with autocast(config, torch.device("cpu")):
-        samples = sample_images(denoise, SAMPLES, method="dpm_solver", steps=SAMPLING_STEPS, seed=seed)
-    samples = samples.float().clamp(-1, 1)
-    each = Split(samples, embed(samples, segmenter), list(range(SAMPLES)))
-    found = {"steps": steps} | quality(each, load_split(location.validate, segmenter), segmenter)
+    slices = load_slices(find_data(root).train, config.objective.image_size)
+    *_, state = train(config, slices, model=new_network(name, width, seed), device="cpu")
+    samples = draw(config.objective.denoiser(state.ema.model), seed=seed)
+    found = {"steps": steps} | judge_of(root).figures(samples)
     return name, seed, found, ((samples[:8] + 1) * 127.5).byte().numpy()
 
 
-def show(result: dict) -> None:
-    """Print the table."""
-    print(result["machine"], "·", result["setting"])
-    print(f"{'':<28}{'parameters':>11}{'steps':>7}" + "".join(f"{what:>15}" for what in SHOWN))
-    print(
-        f"{'other held-out slices':<46}" + "".join(f"{result['floor'][what]:>8.2f}{'':7}" for what in SHOWN)
-    )
-    for name, runs in result["runs"].items():
-        line = f"{name:<28}{result['parameters'][name]:>11,}{next(iter(runs.values()))['steps']:>7}"
+def differences(runs: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]:
+    """By how much the KID of each network is above ours, seed by seed; p after Holm."""
+    ours, found = runs.get(OURS, {}), {}
+    for name, theirs in runs.items():
+        seeds = sorted(ours.keys() & theirs.keys())
+        if name != OURS and len(seeds) > 1:
+            found[name] = paired(*([side[seed]["KID"] for seed in seeds] for side in (theirs, ours)))
+    for row, p in zip(found.values(), holm([row["p"] for row in found.values()])):
+        row["p"] = p
+    return found
+
+
+def table(result: dict, race: str) -> Iterator[str]:
+    """A race as a table in Markdown: mean ± standard deviation of the seeds."""
+    yield f"| {race} | steps | " + " | ".join(SHOWN) + " | KID above ours |"
+    yield "|---" * (len(SHOWN) + 3) + "|"
+    for name, runs in result[race].items():
+        cells = [name, f"{next(iter(runs.values()))['steps']:,}"]
         for what in SHOWN:
             values = [run[what] for run in runs.values()]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{'':7}"
-            line += f"{statistics.mean(values):>8.2f}{spread}"
-        print(line)
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        above = result["KID above ours"][race].get(name)
+        cells.append(f"{above['mean']:.2f} ({above['low']:.2f} to {above['high']:.2f})" if above else "")
+        yield f"| {' | '.join(cells)} |"
+    perfect = (f"{result['perfect generator'][what]:.2f}" for what in SHOWN)
+    yield f"| a perfect generator | | {' | '.join(perfect)} | |"
 
 
-def picture(minutes: float):
-    """Eight samples of each network, a row each, of seed 0."""
+def picture(minutes: float, names: list[str]):
+    """Eight samples of each network after the same minutes, a row each, of seed 0."""
     with np.load(SAMPLED) as file:
-        rows = {name: file[name] for name in NETWORKS if name in file}
+        rows = {name: file[name] for name in names if name in file}
     images = [torch.from_numpy(image) for name in rows for image in rows[name]]
     title = f"{minutes:g} minutes of training each, from above: {', '.join(rows)} · synthetic"
     return plots.grid(images, columns=8, title=title)
@@ -140,39 +160,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", help="folder of the large phantom set")
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="runs at the same time")
     args = parser.parse_args()
-    ours = parameters(NETWORKS["oasis_helpers"](CONFIG.base_channels))
-    widths = {name: width_near(name, ours) for name in NETWORKS}
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
-    if "steps per second" not in result:
+    makers = builders()
+    print("not installed, left out:", ", ".join(missing()) or "none")
+    ours = parameters(makers[OURS](PROFILES["laptop"].settings()["base_channels"]))
+    widths = {name: width_near(make, ours) for name, make in makers.items()}
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if result.get("steps per second", {}).keys() != widths.keys():
         slices = load_slices(find_data(args.root).train, CONFIG.objective.image_size)
         rounds = [{n: steps_per_second(n, w, slices) for n, w in widths.items()} for _ in range(ROUNDS)]
-        result["steps per second"] = {n: statistics.median(found[n] for found in rounds) for n in widths}
-    speeds, runs = result["steps per second"], result["runs"]
-    result |= {
-        "floor": floor(args.root),
-        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
-        "setting": f"{args.minutes:g} minutes each, laptop profile's loop, {len(SEEDS)} seeds, "
-        f"{SAMPLES} samples of {SAMPLING_STEPS} DPM-Solver++ steps",
-        "parameters": {name: parameters(NETWORKS[name](width)) for name, width in widths.items()},
+        result = {"steps per second": {n: statistics.median(found[n] for found in rounds) for n in widths}}
+    steps = plan(result["steps per second"], args.minutes)
+    races = {  # what is there of the runs that are wanted
+        race: {
+            name: {s: run for s, run in result.get(race, {}).get(name, {}).items() if run["steps"] == count}
+            for name, count in counts.items()
+        }
+        for race, counts in steps.items()
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    jobs = [
-        joblib.delayed(measure)(args.root, name, width, seed, int(60 * args.minutes * speeds[name]))
-        for seed in SEEDS
-        for name, width in widths.items()
-        if str(seed) not in runs.get(name, {})
-    ]
+    result = {
+        "machine": machine(),
+        "setting": f"{args.minutes:g} minutes each, or the steps that {MEASURE} makes in them; laptop "
+        f"profile's loop, fp32, {args.seeds} seeds; {SETTING}",
+        "minutes": args.minutes,
+        "parameters": {name: parameters(make(widths[name])) for name, make in makers.items()},
+        "steps per second": result["steps per second"],
+        "perfect generator": judge_of(args.root).perfect(),
+    }
+    wanted = {  # one run serves both races where its number of steps is the same
+        (name, seed, count): None
+        for seed in range(args.seeds)
+        for race, counts in steps.items()
+        for name, count in counts.items()
+        if str(seed) not in races[race][name]
+    }
+    jobs = [joblib.delayed(measure)(args.root, n, widths[n], seed, count) for n, seed, count in wanted]
+
+    def stored() -> dict:
+        found = result | races | {"KID above ours": {race: differences(races[race]) for race in RACES}}
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        return found
+
     for name, seed, found, samples in joblib.Parallel(args.jobs, return_as="generator_unordered")(jobs):
-        runs.setdefault(name, {})[str(seed)] = found
+        for race in RACES:
+            if steps[race][name] == found["steps"]:
+                races[race][name][str(seed)] = found
         print(f"{name}, seed {seed}: {found}", flush=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-        if seed == SEEDS[0]:
+        stored()
+        if seed == 0 and steps[MINUTES][name] == found["steps"]:
             kept = dict(np.load(SAMPLED)) if SAMPLED.exists() else {}
             np.savez_compressed(SAMPLED, **kept | {name: samples})
-    show(result)
-    PICTURE.write_bytes(plots.png(picture(args.minutes), dpi=100))
+    found = stored()
+    print(found["machine"], "·", found["setting"])
+    for race in RACES:
+        print("", *table(found, race), sep="\n")
+    PICTURE.write_bytes(plots.png(picture(args.minutes, list(makers)), dpi=100))
 
 
 if __name__ == "__main__":
