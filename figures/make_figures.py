@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from oasis_helpers import plots
 from oasis_helpers.data import load_slices, to_unit_range
+from oasis_helpers.layout import image_name
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
 from oasis_helpers.sampling import clipped, sample, sample_images
 from oasis_helpers.training import load_weights
@@ -19,7 +22,7 @@ def contact_sheet(denoise, size: int = 16) -> Figure:
     # Not find_data(): with OASIS_ROOT set it would draw people's slices into the repository.
     held_out = load_slices(make_phantoms(phantom_cache()).test, denoise.shape[-1])
     picked = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:size]
-    samples = sample_images(denoise, size, method="ddim", steps=100, seed=0)
+    samples = sample_images(denoise, size, method="dpm_solver", steps=20, seed=0)
     figure = Figure(figsize=(11, 5.9), layout="constrained")
     halves = figure.subfigures(1, 2, wspace=0.03)
     sides = (
@@ -45,8 +48,23 @@ def trajectory(denoise) -> Figure:
     )
 
 
+def phantoms(count: int = 4) -> Figure:
+    """Slice 0 of the first training cases by recipe 2, as they were stored, and by the recipe of today."""
+    stored = np.asarray(Image.open(HERE / "recipe2.png"))
+    before = [torch.from_numpy(head.copy())[None] for head in np.split(stored, count, axis=1)]
+    folder = make_phantoms(phantom_cache()).train
+    today = [
+        np.asarray(Image.open(folder / image_name(case, 0)))[40:216, 24:232] for case in range(1, count + 1)
+    ]
+    images = [to_unit_range(head) for head in (*before, *(torch.from_numpy(h.copy())[None] for h in today))]
+    titles = ["recipe 2"] + [""] * (count - 1) + ["recipe 3"] + [""] * (count - 1)
+    return plots.grid(images, columns=count, titles=titles, size=2.6)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    (HERE / "phantoms.png").write_bytes(plots.png(phantoms(), dpi=100))
+    print("figures/phantoms.png")
     denoise = clipped(load_weights())
     for name, draw in (("contact_sheet", contact_sheet), ("trajectory", trajectory)):
         (HERE / f"{name}.png").write_bytes(plots.png(draw(denoise), dpi=100))
