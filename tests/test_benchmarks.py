@@ -483,6 +483,41 @@ NETWORKS = {
 RACED = ("KID", "FID", "precision", "coverage", "ventricles", "symmetry")
 
 
+def test_every_network_had_the_same_minutes():
+    result = _recorded("time_to_quality")
+    assert sorted(result["runs"]) == sorted(result["parameters"]) == sorted(NETWORKS.values())
+    sizes = list(result["parameters"].values())
+    assert max(sizes) < 1.1 * min(sizes)
+    for name, runs in result["runs"].items():
+        assert sorted(map(int, runs)) == [0, 1, 2]
+        assert {run["steps"] for run in runs.values()} == {int(300 * result["steps per second"][name])}
+
+
+def test_this_network_is_ahead_in_the_mean_after_the_same_minutes():
+    """README says so; more cannot be said of three runs with one order of slices and one noise."""
+    race = _recorded("time_to_quality")["runs"]
+    means = {
+        name: {column: statistics.mean(run[column] for run in runs.values()) for column in RACED}
+        for name, runs in race.items()
+    }
+    ours = means.pop("oasis_helpers")
+    for column in ("KID", "FID", "ventricles", "symmetry"):
+        assert ours[column] < min(found[column] for found in means.values()), column
+    for column in ("precision", "coverage"):
+        assert ours[column] > max(found[column] for found in means.values()), column
+
+
+def test_the_older_ablations_are_whole():
+    """Those that notebook 4 reads until they are made anew."""
+    result = _recorded("ablations")
+    for row in result["table"]:
+        assert len(row["kid"]) == 3
+        assert row["mean"] == pytest.approx(statistics.mean(row["kid"]))
+        assert row["sd"] == pytest.approx(statistics.stdev(row["kid"]))
+    measured = {run[which] for run in result["runs"].values() for which in ("average", "last step")}
+    assert all(set(row["kid"]) <= measured for row in result["table"])
+
+
 def test_readme_has_the_speeds():
     result = _recorded("networks")
     for name, network in NETWORKS.items():
