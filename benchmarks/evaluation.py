@@ -34,12 +34,13 @@ from judge import (
     swapped_halves,
     without_scalp,
 )
+from runs import DEVICE, trained_to
 
 from oasis_helpers import plots
 from oasis_helpers.data import find_data, load_slices
 from oasis_helpers.evaluation import evaluate, load_split
 from oasis_helpers.sampling import Denoiser
-from oasis_helpers.training import PROFILES, load_weights, read_header, train_to, validation_loss
+from oasis_helpers.training import PROFILES, WEIGHTS, load_weights, read_header, validation_loss
 
 RESULT = Path(__file__).with_name("evaluation.json")
 PICTURE = Path(__file__).parents[1] / "figures" / "evaluation.png"
@@ -61,23 +62,16 @@ SPOILERS = {
 def networks(slices: torch.Tensor, out: Path) -> dict[str, Denoiser]:
     """What is judged, by name."""
     short, path = out / "laptop-5-minutes.safetensors", out / "eight-slices.safetensors"
-    if not path.exists():
-        few = slices[:: len(slices) // LEARNED_BY_HEART][:LEARNED_BY_HEART]
-        config = PROFILES["laptop"].replace(**read_header(short).training)
-        for _ in train_to(
-            path, config, few, device="cpu", card={"data": f"{LEARNED_BY_HEART} phantom slices"}
-        ):
-            pass
-    return {
-        "weights that ship": load_weights(),
-        "5 minutes": load_weights(short),
-        "learned by heart": load_weights(path),
-    }
+    few = slices[:: len(slices) // LEARNED_BY_HEART][:LEARNED_BY_HEART]
+    config = PROFILES["laptop"].replace(**read_header(short).training)
+    trained_to(path, config, few, {"data": f"{LEARNED_BY_HEART} phantom slices"})
+    weights = {"weights that ship": WEIGHTS, "5 minutes": short, "learned by heart": path}
+    return {name: load_weights(path, DEVICE) for name, path in weights.items()}
 
 
 def losses(learned: torch.Tensor, held_out: torch.Tensor) -> dict[str, list[float]]:
     """Mean squared error of the weights that ship in ten ranges of t, on held-out and on learned slices."""
-    network, laptop = load_weights().network, PROFILES["laptop"]
+    network, laptop = load_weights(device=DEVICE).network, PROFILES["laptop"]
     some = torch.linspace(0, len(learned) - 1, len(held_out)).long()
     sets = {"held out": held_out, "training": learned[some]}
     return {name: validation_loss(network, laptop, part).tolist() for name, part in sets.items()}

@@ -15,10 +15,10 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 
-import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from runs import hardware
 from scipy import stats
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
@@ -54,7 +54,7 @@ MOST_BATCHES = 1000  # of one draw, so that two draws share no seed
 
 def machine() -> str:
     """What it was measured on, for the JSON."""
-    return f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}"
+    return f"{hardware()}, {platform.machine()}, torch {torch.__version__}"
 
 
 def described(location: DataLocation) -> str:
@@ -73,14 +73,18 @@ def draw(
     method: str = METHOD,
     steps: int | None = STEPS,
     spacing: str = SPACING,
+    y: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """``count`` samples of a denoiser, (count, C, H, W) in [−1, 1]; two ways from one seed start alike."""
-    how = {"method": method, "steps": steps, "spacing": spacing}
-    parts = [
-        sample_images(clipped(denoise), min(BATCH, count - first), seed=MOST_BATCHES * seed + number, **how)
-        for number, first in enumerate(range(0, count, BATCH))
-    ]
-    return torch.cat(parts).float().clamp(-1, 1)
+    """``count`` samples of a denoiser, (count, C, H, W) in [−1, 1]; two ways from one seed start alike.
+
+    ``y``: what each is asked for, by name.
+    """
+    how, parts = {"method": method, "steps": steps, "spacing": spacing}, []
+    for number, first in enumerate(range(0, count, BATCH)):
+        asked = {name: values[first : first + BATCH] for name, values in (y or {}).items()}
+        size, from_seed = min(BATCH, count - first), MOST_BATCHES * seed + number
+        parts.append(sample_images(clipped(denoise), size, seed=from_seed, y=asked or None, **how))
+    return torch.cat(parts).float().clamp(-1, 1).cpu()
 
 
 class Judge:

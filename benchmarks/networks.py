@@ -7,7 +7,8 @@ of its own, in turn, several rounds; the table has the medians, and ratios to th
 
 Peers: diffusers ``UNet2DModel``, denoising-diffusion-pytorch ``Unet``, MONAI ``DiffusionModelUNet``.
 They are no dependency of this project: ``pip install monai denoising-diffusion-pytorch`` for this
-benchmark; a peer that is missing is left out and named.
+benchmark; a peer that is missing is left out and named. On a machine with a GPU it measures that, in one
+process, and stores ``networks_gpu.json``.
 """
 
 from __future__ import annotations
@@ -90,13 +91,15 @@ def measure(name: str, width: int, precision: str) -> dict[str, float]:
 
     import torch
 
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
     torch.manual_seed(0)
-    model = NETWORKS[name](width)
+    model = NETWORKS[name](width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images, t = torch.randn(BATCH, 1, SIZE, SIZE), torch.randint(0, 1000, (BATCH,))
+    images, t = torch.randn(BATCH, 1, SIZE, SIZE).to(device), torch.randint(0, 1000, (BATCH,)).to(device)
 
     def run() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             output = model(images, t)
         return getattr(output, "sample", output).float()  # diffusers wraps its output
 
@@ -106,16 +109,22 @@ def measure(name: str, width: int, precision: str) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    found = {}
+    found, warm_up, steps = {}, WARM_UP, STEPS
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        warm_up, steps = 10 * WARM_UP, 10 * STEPS
     for what, step in (("training", training_step), ("sampling", torch.no_grad()(run))):
         seconds = []
-        for number in range(WARM_UP + STEPS):
+        for number in range(warm_up + steps):
             started = time.perf_counter()
             step()
-            if number >= WARM_UP:
+            if on_gpu:
+                torch.cuda.synchronize()
+            if number >= warm_up:
                 seconds.append(time.perf_counter() - started)
         found[f"{what}, images/s"] = BATCH / statistics.median(seconds)
-    found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    memory = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None
+    found["peak memory, MB"] = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return found
 
 
@@ -139,8 +148,11 @@ def main() -> None:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2])))
         return
 
+    import torch
+
     from oasis_helpers.training import PROFILES
 
+    on_gpu = torch.cuda.is_available()
     print("not installed, left out:", ", ".join(missing()) or "none")
     names = [name for name in NETWORKS if name not in missing()]
     wanted = parameters(PROFILES["laptop"].make_network())
@@ -149,15 +161,17 @@ def main() -> None:
     found = {(name, precision): [] for precision in PRECISIONS for name in names}
     for _ in range(args.rounds):
         for name, precision in found:
+            if on_gpu:
+                found[name, precision].append(measure(name, widths[name], precision))
+                continue
             command = [sys.executable, __file__, "--one", name, str(widths[name]), precision]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name, precision].append(json.loads(done.stdout.splitlines()[-1]))
 
-    import torch
-
     threads = os.environ.get("OMP_NUM_THREADS", str(joblib.cpu_count()))
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{joblib.cpu_count()} CPUs"
     result = {
-        "machine": f"{joblib.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{hardware}, {platform.machine()}, torch {torch.__version__}",
         "threads": threads,
         "setting": f"batch {BATCH}, {SIZE}×{SIZE}, {args.rounds} rounds, median",
         "parameters": counts,
@@ -171,7 +185,9 @@ def main() -> None:
             for values in networks.values():
                 values[f"{speed.split(',')[0]}, times the best peer"] = values[speed] / best
     show(result)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    (RESULT.with_name("networks_gpu.json") if on_gpu else RESULT).write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

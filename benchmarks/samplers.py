@@ -4,14 +4,16 @@
 --cases 302 35 17``). It draws samples with the weights that ship by every method and number of steps, all
 from the same noise, and judges them as ``judge.py`` says: the KID with its interval, and its difference to
 DDIM with 50 steps with an interval of its own, for which the same heads and the same noise are drawn again
-for both. What a perfect generator would reach stands beside it. Prints and stores the table.
+for both. What a perfect generator would reach stands beside it. Seconds are those of a network call on all
+cores of the CPU, wherever the samples are drawn; ``--seconds`` measures them anew. Prints and stores the
+table.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from pathlib import Path
 import joblib
 import torch
 from judge import BATCH, SAMPLES, Judge, draw, judge_of, machine
+from runs import DEVICE
 
 from oasis_helpers.sampling import clipped, sample
 from oasis_helpers.training import WEIGHTS, load_weights, read_header
@@ -64,22 +67,35 @@ def show(result: dict) -> None:
         print(line)
 
 
-def main() -> None:
+def timed(result: dict) -> dict:
+    """``result`` with the seconds of this machine's CPU."""
     threads = int(os.environ.get("OMP_NUM_THREADS", joblib.cpu_count()))
     torch.set_num_threads(threads)
-    denoise, header = load_weights(), read_header(WEIGHTS)
-    seconds, judge = seconds_per_call(denoise), judge_of(sys.argv[1])
+    seconds = seconds_per_call(load_weights())
+    rows = [row | {"seconds": row["evaluations"] * seconds} for row in result["rows"]]
+    where = {"timed on": f"{joblib.cpu_count()} CPUs", "threads": threads, "seconds per call": seconds}
+    return result | where | {"rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", nargs="?", help="folder of the large phantom set")
+    parser.add_argument("--seconds", action="store_true", help="measure the seconds of a call, no more")
+    args = parser.parse_args()
+    if args.seconds:
+        result = timed(json.loads(RESULT.read_text()))
+        show(result)
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        return
+    denoise, header = load_weights(device=DEVICE), read_header(WEIGHTS)
+    judge = judge_of(args.root)
     base, rows = draw(denoise, method=BASE[0], steps=BASE[1], spacing=BASE[2]), []
     for method, steps, spacing in WAYS:
         is_base = (method, steps, spacing) == BASE
         how = {"method": method, "steps": steps, "spacing": spacing}
         *_, last = sample(clipped(denoise), 1, **how)
         images = base if is_base else draw(denoise, **how)
-        row = how | {
-            "samples": SAMPLES,
-            "evaluations": last.evaluations,
-            "seconds": last.evaluations * seconds,
-        }
+        row = how | {"samples": SAMPLES, "evaluations": last.evaluations}
         row |= with_interval(judge, images)
         if not is_base:
             found = judge.difference(images, base)
@@ -91,13 +107,12 @@ def main() -> None:
     others = judge.real.others
     result = {
         "machine": machine(),
-        "threads": threads,
         "setting": f"{SAMPLES} samples of {WEIGHTS.name}, fp32; {len(set(judge.real.reference.cases))} heads",
         "trained steps": header.training["steps"],
-        "seconds per call": seconds,
         "perfect generator": with_interval(judge, others.images, others.cases),
         "rows": rows,
     }
+    result = timed(result)
     show(result)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

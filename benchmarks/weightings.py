@@ -16,14 +16,14 @@ import argparse
 import json
 from pathlib import Path
 
-import joblib
 import torch
 from judge import SETTING, described, draw, holm, judge_of, machine, over_seeds, paired
 from minutes import speed_in
+from runs import DEVICE, in_parallel, trained_to, training_slices
 from torch import Tensor
 
-from oasis_helpers.data import find_data, load_slices, to_unit_range
-from oasis_helpers.training import PROFILES, TrainConfig, checkpoints, load_weights, train_to
+from oasis_helpers.data import find_data, to_unit_range
+from oasis_helpers.training import PROFILES, TrainConfig, load_weights
 
 RESULT = Path(__file__).with_name("weightings.json")
 MINUTES, FEW_STEPS, NOISES = 5, 10, 32
@@ -51,22 +51,18 @@ def weights_file(out: Path, weighting: str, seed: int, steps: int) -> Path:
 def first_step(denoise, mean: Tensor) -> float:
     """How far the estimate at t = T − 1 is from ``mean`` (1, 1, H, W): rms in grey levels, over 32 noises."""
     noise = torch.randn((NOISES, *denoise.shape), generator=torch.Generator().manual_seed(0))
-    error = denoise(noise, denoise.schedule.T - 1) - mean
+    error = denoise(noise.to(denoise.device), denoise.schedule.T - 1).cpu() - mean
     return float(127.5 * error.square().flatten(1).mean(1).sqrt().mean())
 
 
 def measure(root: str, out: Path, weighting: str, seed: int, steps: int) -> tuple[str, int, dict]:
     """One run: its weighting and seed, and what was found."""
-    torch.set_num_threads(1)  # two processes gain more than a second thread
+    torch.set_num_threads(1)
     location, path = find_data(root), weights_file(out, weighting, seed, steps)
     config = configuration(weighting, seed, steps)
-    slices = load_slices(location.train, config.objective.image_size)
-    if not path.exists():
-        card = {"data": described(location)}
-        resume = bool(checkpoints(path))
-        for _ in train_to(path, config, slices, device="cpu", card=card, resume=resume):
-            pass
-    judge, denoise = judge_of(root), load_weights(path)
+    slices = training_slices(root, config.objective.image_size)
+    trained_to(path, config, slices, {"data": described(location)})
+    judge, denoise = judge_of(root), load_weights(path, DEVICE)
     mean = to_unit_range(slices).mean(0, keepdim=True)
     few = {method: draw(denoise, method=method, steps=FEW_STEPS) for method in ("dpm_solver", "ddim")}
     found = judge.figures(draw(denoise)) | {
@@ -111,19 +107,19 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the weights")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps of a run, by default what five minutes hold here")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--jobs", type=int, help="runs at the same time")
     args = parser.parse_args()
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     steps = args.steps or result.get("steps")
     if steps is None:
-        slices = load_slices(find_data(args.root).train, LAPTOP.objective.image_size)
+        slices = training_slices(args.root, LAPTOP.objective.image_size)
         steps = int(60 * MINUTES * speed_in(args.out, slices))
     if result.get("steps") != steps:
         result = {}  # of other runs
     judge_of(args.root)  # makes the fresh heads, once
     runs = {name: result.get("runs", {}).get(name, {}) for name in WEIGHTINGS}
     jobs = [
-        joblib.delayed(measure)(args.root, args.out, name, seed, steps)
+        (args.root, args.out, name, seed, steps)
         for seed in range(args.seeds)
         for name in WEIGHTINGS
         if str(seed) not in runs[name]
@@ -142,7 +138,7 @@ def main() -> None:
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
         return found
 
-    for name, seed, found in joblib.Parallel(args.jobs, return_as="generator_unordered")(jobs):
+    for name, seed, found in in_parallel(measure, jobs, args.jobs):
         runs[name][str(seed)] = found
         print(f"{name}, seed {seed}: {found}", flush=True)
         stored()
