@@ -7,9 +7,10 @@ Sources: DDPM, Ho et al. 2020 (arXiv 2006.11239), algorithm 2; DDIM, Song et al.
 (arXiv 2010.02502), eqs. 12 and 16; DPM-Solver++, Lu et al. 2022 (arXiv 2211.01095), algorithm 2;
 Heun's method on the EDM variables, Karras et al. 2022 (arXiv 2206.00364), algorithm 1; spacings of
 timesteps, Lin et al. 2024 (arXiv 2305.08891), table 2; dynamic thresholding, Saharia et al. 2022
-(arXiv 2205.11487), section 2.3; guidance, Ho & Salimans 2022 (arXiv 2207.12598); starting from a noised
-image, SDEdit, Meng et al. 2022 (arXiv 2108.01073); inpainting, RePaint, Lugmayr et al. 2022
-(arXiv 2201.09865).
+(arXiv 2205.11487), section 2.3; guidance, Ho & Salimans 2022 (arXiv 2207.12598), rescaled, Lin et al. 2024,
+in an interval, Kynkäänniemi et al. 2024 (arXiv 2404.07724), by a weaker network, Karras et al. 2024
+(arXiv 2406.02507); starting from a noised image, SDEdit, Meng et al. 2022 (arXiv 2108.01073); inpainting,
+RePaint, Lugmayr et al. 2022 (arXiv 2201.09865).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from .diffusion import Denoiser, Process
 from .seeds import generator
 
 __all__ = [
-    "METHODS", "SPACINGS", "VARIANCES", "Denoiser", "IdealDenoiser", "SampleState", "clipped", "ddim_invert",
-    "ddim_step", "ddpm_step", "dpm_solver_step", "guided", "heun_step", "inpaint", "karras_timesteps",
-    "sample", "sample_images", "slerp", "spaced_timesteps",
+    "METHODS", "SPACINGS", "VARIANCES", "Denoiser", "IdealDenoiser", "SampleState", "autoguided", "clipped",
+    "ddim_invert", "ddim_step", "ddpm_step", "dpm_solver_step", "guided", "heun_step", "inpaint",
+    "karras_timesteps", "limited", "sample", "sample_images", "slerp", "spaced_timesteps",
 ]  # fmt: skip
 
 METHODS = ("ddpm", "ddim", "dpm_solver", "heun")
@@ -73,13 +74,18 @@ def clipped(denoise, quantile: float | None = None):
     return _Around(denoise, estimate)
 
 
-def guided(denoise, scale: float):
+def guided(denoise, scale: float, rescale: float = 0.0):
     """The denoiser with classifier-free guidance: x̂_u + s (x̂_c − x̂_u), with and without the conditions.
 
     ``scale`` s: 0 is without conditions, 1 is with them and no guidance, more exaggerates what they change.
     In the noise it is the same rule, ε_u + s (ε_c − ε_u), since ε is linear in x̂_0 (Ho & Salimans 2022,
-    eq. 6, where s is 1 + w). Raises ``ValueError`` when called without conditions, unless s is 0.
+    eq. 6, where s is 1 + w). ``rescale`` φ is the share, 0 to 1, to which the deviation of each guided
+    estimate over its pixels is brought back to that of x̂_c, which guidance exaggerates too (Lin et al. 2024,
+    section 3.4, there of the network's output). Raises ``ValueError`` for another ``rescale``, and when
+    called without conditions, unless s is 0.
     """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale is {rescale}: give a share from 0 to 1.")
 
     def estimate(x_t: Tensor, t: Tensor | int, y: Conditions | None) -> Tensor:
         if scale == 0:
@@ -90,9 +96,60 @@ def guided(denoise, scale: float):
         if scale == 1:
             return with_y
         without = denoise(x_t, t, None)
-        return without + scale * (with_y - without)
+        x0 = without + scale * (with_y - without)
+        if rescale:
+            wanted, found = (images.flatten(1).std(1) for images in (with_y, x0))
+            factor = 1 + rescale * (wanted / found - 1)
+            x0 = x0 * factor.reshape(-1, *[1] * (x0.ndim - 1))
+        return x0
 
     return _Around(denoise, estimate)
+
+
+def autoguided(denoise, weak, scale: float):
+    """The denoiser guided away from a weaker one: x̂_weak + s (x̂ − x̂_weak), both with the same conditions.
+
+    ``weak``: the same kind of network, smaller or trained for less long, whose faults are those of
+    ``denoise`` and larger; ``scale`` s as in :func:`guided`, 1 is ``denoise`` alone. What it exaggerates is
+    what more training changes, so it needs no condition. Karras et al. 2024, with s for w. Raises
+    ``ValueError`` for two denoisers of different shape or schedule.
+    """
+    (s, n), (s_weak, n_weak) = ((d.schedule.signal, d.schedule.noise) for d in (denoise, weak))
+    same = weak.shape == denoise.shape and torch.equal(s, s_weak) and torch.equal(n, n_weak)
+    if not same:
+        raise ValueError(
+            f"the weak denoiser makes {weak.shape} by {weak.schedule}, the other {denoise.shape} by "
+            f"{denoise.schedule}: give two of one kind."
+        )
+
+    def estimate(x_t: Tensor, t: Tensor | int, y: Conditions | None) -> Tensor:
+        strong = denoise(x_t, t, y)
+        if scale == 1:
+            return strong
+        weaker = weak(x_t, t, y)
+        return weaker + scale * (strong - weaker)
+
+    return _Around(denoise, estimate)
+
+
+def limited(inside, outside, low: int, high: int):
+    """``inside`` for the timesteps ``low`` to ``high``, both included, and ``outside`` for all others.
+
+    ``limited(guided(denoise, 4), denoise, 200, 700)`` guides where what the picture shows is decided, neither
+    in almost pure noise, where it would throw away what could still come, nor at the end, where it changes
+    little (Kynkäänniemi et al. 2024). Raises ``ValueError`` for timesteps out of order or range.
+    """
+    if not 0 <= low <= high < inside.schedule.T:
+        raise ValueError(f"from {low} to {high} is no interval of timesteps 0 … {inside.schedule.T - 1}.")
+
+    def estimate(x_t: Tensor, t: Tensor | int, y: Conditions | None) -> Tensor:
+        within = (torch.as_tensor(t) >= low) & (torch.as_tensor(t) <= high)
+        if within.all() or not within.any():
+            return (inside if within.any() else outside)(x_t, t, y)
+        rows = within.reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.device)
+        return torch.where(rows, inside(x_t, t, y), outside(x_t, t, y))
+
+    return _Around(inside, estimate)
 
 
 # ---- single steps -----------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import math
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from oasis_helpers.diffusion import PREDICTIONS, NoiseSchedule, Process
 from oasis_helpers.sampling import (
     Denoiser,
     IdealDenoiser,
+    autoguided,
     clipped,
     ddim_invert,
     ddim_step,
@@ -17,6 +19,7 @@ from oasis_helpers.sampling import (
     heun_step,
     inpaint,
     karras_timesteps,
+    limited,
     sample,
     sample_images,
     slerp,
@@ -314,6 +317,121 @@ def test_guidance_in_the_image_is_guidance_in_the_noise():
     mixed = epsilons[0] + 2.5 * (epsilons[1] - epsilons[0])
     found = guided(_Fixed(first, second, s), 2.5)(x, 40, {"label": torch.tensor([0, 1])})
     torch.testing.assert_close(found, s.predict_x0(x, 40, mixed, "epsilon"))
+
+
+class _Gaussians:
+    """The exact denoiser of normal distributions in 1-D, half of all numbers from each.
+
+    The condition "label" names one of them; without it x_0 is from any.
+    """
+
+    shape, device = (1,), torch.device("cpu")
+
+    def __init__(self, schedule, means, deviations):
+        self.schedule = schedule
+        self.means, self.deviations = (torch.tensor(v, dtype=torch.float64) for v in (means, deviations))
+
+    def _log_density(self, x, t):
+        """log p_t(x | label) of every label, (B, labels)."""
+        s, n = self.schedule.levels(t)
+        return torch.distributions.Normal(s * self.means, (s**2 * self.deviations**2 + n**2).sqrt()).log_prob(
+            x
+        )
+
+    def log_density(self, x, t, y=None):
+        found = self._log_density(x, t)
+        if y:
+            return found.gather(1, y["label"][:, None])[:, 0]
+        return found.logsumexp(1) - math.log(len(self.means))
+
+    def __call__(self, x, t, y=None):
+        s, n = self.schedule.levels(t)
+        each = (self.means * n**2 + s * self.deviations**2 * x) / (s**2 * self.deviations**2 + n**2)
+        if y:
+            return each.gather(1, y["label"][:, None])
+        return (self._log_density(x, t).softmax(1) * each).sum(1, keepdim=True)
+
+
+def _carried(denoise, x, y=None):
+    """Where a thousand small deterministic steps carry x, (B, 1), from the last timestep."""
+    T = denoise.schedule.T
+    return sample_images(denoise, len(x), method="ddim", steps=T, start=(x, T - 1), y=y)
+
+
+def test_the_guided_estimate_is_the_score_of_two_densities_multiplied():
+    # Ho & Salimans 2022: of p(x_t | c)^s p(x_t)^(1 − s), at every noise; the rest is Tweedie's formula.
+    s, scale = NoiseSchedule.cosine(100), 3.0
+    exact = _Gaussians(s, (-1.0, 1.0), (0.4, 0.6))
+    x = torch.linspace(-3, 3, 31, dtype=torch.float64)[:, None].requires_grad_()
+    y = {"label": torch.arange(31) % 2}
+    for t in (5, 50, 90):
+        density = scale * exact.log_density(x, t, y) + (1 - scale) * exact.log_density(x, t)
+        (score,) = torch.autograd.grad(density.sum(), x)
+        signal, noise = s.levels(t)
+        estimate = guided(exact, scale)(x.detach(), t, y)
+        torch.testing.assert_close((signal * estimate - x.detach()) / noise**2, score)
+
+
+def test_guidance_does_not_sample_that_product():
+    # Of two normal distributions around 0 all is known: the steps arrive at a deviation of σ (σ/σ_u)^(s − 1),
+    # and p_c^s p_u^(1 − s) has 1/√(s/σ² + (1 − s)/σ_u²). See Bradley & Nakkiran 2024 (arXiv 2408.09000).
+    schedule, own, wide, scale = NoiseSchedule.cosine(1000), 0.5, 1.0, 3.0
+    narrow, broad = (_Gaussians(schedule, (0.0,), (d,)) for d in (own, wide))
+    x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]], dtype=torch.float64)
+    found = _carried(autoguided(narrow, broad, scale), x) / x
+    reached = own * (own / wide) ** (scale - 1)
+    assert found == pytest.approx(reached, rel=0.02)
+    assert reached < 0.5 * (scale / own**2 + (1 - scale) / wide**2) ** -0.5
+    assert _carried(autoguided(narrow, broad, 1.0), x) / x == pytest.approx(own, rel=0.02)
+
+
+def test_guidance_within_an_interval_counts_there_alone():
+    # As above, with the part of the way between two noises: σ times a power of the ratio of deviations there.
+    schedule, own, wide, scale, low, high = NoiseSchedule.cosine(1000), 0.5, 1.0, 3.0, 300, 700
+    narrow, broad = (_Gaussians(schedule, (0.0,), (d,)) for d in (own, wide))
+    x = torch.tensor([[-1.0], [2.0]], dtype=torch.float64)
+    found = _carried(limited(autoguided(narrow, broad, scale), narrow, low, high), x) / x
+    ends = (schedule.noise / schedule.signal)[[low, high]]
+    ratio = ((own**2 + ends**2) / (wide**2 + ends**2)).sqrt()
+    assert found == pytest.approx(own * float(ratio[0] / ratio[1]) ** (scale - 1), rel=0.02)
+    assert found[0] > 1.5 * own * (own / wide) ** (scale - 1)
+
+
+def test_an_interval_has_both_ends_and_asks_nobody_in_vain():
+    first, second, _ = _inputs()
+    inside, outside = _Fixed(first), _Fixed(second)
+    denoise = limited(inside, outside, 3, 6)
+    for t, wanted in ((2, second), (3, first), (6, first), (7, second)):
+        assert torch.equal(denoise(first, t), wanted)
+    assert (len(inside.asked), len(outside.asked)) == (2, 2)
+    assert torch.equal(denoise(first, torch.tensor([6, 7])), torch.stack([first[0], second[1]]))
+    for low, high in ((-1, 5), (6, 5), (5, 10)):
+        with pytest.raises(ValueError, match=f"from {low} to {high} is no interval of timesteps 0 … 9"):
+            limited(inside, outside, low, high)
+
+
+def test_rescaled_guidance_has_the_contrast_of_the_estimate_with_conditions():
+    without, with_y, _ = _inputs()
+    denoise, y = _Fixed(without, with_y), {"label": torch.tensor([0, 1])}
+    plain, half, whole = (guided(denoise, 4.0, rescale)(without, 5, y) for rescale in (0.0, 0.5, 1.0))
+    wanted, found = (images.flatten(1).std(1) for images in (with_y, whole))
+    torch.testing.assert_close(found, wanted)
+    assert (plain.flatten(1).std(1) > 1.2 * wanted).all()
+    torch.testing.assert_close(half, (plain + whole) / 2)
+    with pytest.raises(ValueError, match=r"rescale is 1.5: give a share from 0 to 1"):
+        guided(denoise, 4.0, 1.5)
+
+
+def test_a_weaker_network_guides_with_the_same_conditions():
+    first, second, third = _inputs()
+    strong, weak, y = _Fixed(first, second), _Fixed(third, third), {"label": torch.tensor([0, 1])}
+    torch.testing.assert_close(autoguided(strong, weak, 2.5)(first, 5, y), third + 2.5 * (second - third))
+    torch.testing.assert_close(autoguided(strong, weak, 2.5)(first, 5), third + 2.5 * (first - third))
+    assert weak.asked == [y, None]
+    assert torch.equal(autoguided(strong, weak, 1.0)(first, 5), first)
+    for other in (_Fixed(first, schedule=NoiseSchedule.linear(10)), _Fixed(first[..., :2])):
+        with pytest.raises(ValueError, match="give two of one kind"):
+            autoguided(strong, other, 2.0)
 
 
 def test_conditions_go_with_every_call():

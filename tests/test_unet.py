@@ -152,6 +152,15 @@ def test_rows_are_dropped_as_told():
     assert found["height"][1].isnan()
 
 
+def test_a_number_is_embedded_near_its_neighbours():
+    # A network that could tell 0.431 from 0.432 at once would learn cases by heart by their numbers.
+    embedding = Factor(18, 98).embedding(128)
+    with torch.no_grad():
+        here, *others = embedding(torch.tensor([50.0, 50.3, 58.0]))
+    near, far = (float((other - here).norm()) for other in others)
+    assert 0 < 5 * near < far
+
+
 def test_descriptions_survive_json():
     import json
 
