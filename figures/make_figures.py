@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from oasis_helpers import plots
+from oasis_helpers.autoencoder import load_stable_diffusion
 from oasis_helpers.data import load_slices, to_unit_range
 from oasis_helpers.layout import image_name
 from oasis_helpers.phantoms import make_phantoms, phantom_cache
-from oasis_helpers.sampling import clipped, sample, sample_images
+from oasis_helpers.prompts import tokenize
+from oasis_helpers.sampling import clipped, guided, sample, sample_images
 from oasis_helpers.training import load_weights
 
 HERE = Path(__file__).parent
@@ -61,8 +63,25 @@ def phantoms(count: int = 4) -> Figure:
     return plots.grid(images, columns=count, titles=titles, size=2.6)
 
 
+LEVELS = ("basal ganglia", "thalamus", "lateral ventricles", "centrum semiovale")
+
+
+def prompts() -> Figure:
+    """One seed under eight prompts: four levels, without atrophy and with."""
+    denoise, autoencoder = load_stable_diffusion()
+    texts = [f"{much} atrophy, level of the {level}" for much in ("no", "marked") for level in LEVELS]
+    y = {"prompt": tokenize(texts)}
+    noise = torch.randn((1, *denoise.shape), generator=torch.Generator().manual_seed(7)).expand(8, -1, -1, -1)
+    start = noise, denoise.schedule.T - 1
+    latents = sample_images(guided(denoise, 3.0), 8, method="dpm_solver", steps=20, y=y, start=start)
+    titles = [text.replace(", level of the ", ",\n") for text in texts]
+    return plots.grid(list(autoencoder.decode(latents)), columns=4, titles=titles, size=2.7)
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    (HERE / "prompts.png").write_bytes(plots.png(prompts(), dpi=100))
+    print("figures/prompts.png")
     (HERE / "phantoms.png").write_bytes(plots.png(phantoms(), dpi=100))
     print("figures/phantoms.png")
     denoise = clipped(load_weights())

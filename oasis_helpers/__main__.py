@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,7 +45,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .data import OASISDataset, find_data, load_slices
+    from .data import OASISDataset, find_data
     from .training import PROFILES, pick_device, train_to
 
     config = _with_settings(PROFILES[args.profile], args.set)
@@ -53,11 +54,11 @@ def _train(args: argparse.Namespace) -> int:
     device = pick_device()
     if not quiet:
         print(f"{location}; {args.profile} profile, {config.steps} steps on {device}", flush=True)
-    slices = load_slices(location.train, config.objective.image_size)
+    config, data = _learned_from(config, location, args.autoencoder, device)
+    if config.objective.kind == "denoiser" and config.objective.conditions and not quiet:
+        print(f"told {', '.join(config.objective.conditions)}", flush=True)
     card = {"data": f"{location.kind}: {len(set(OASISDataset(location.train).case_ids))} cases"}
-    states = train_to(
-        args.out, config, slices, resume=args.resume, every=args.every, device=device, card=card
-    )
+    states = train_to(args.out, config, data, resume=args.resume, every=args.every, device=device, card=card)
     with tqdm(total=config.steps, unit="step", disable=quiet) as bar:
         for state in states:
             # Only when the bar is drawn: to look at a loss is to wait for a GPU.
@@ -66,6 +67,29 @@ def _train(args: argparse.Namespace) -> int:
     if not quiet and Path(args.out).expanduser().exists():
         print(f"weights in {args.out}")
     return 0
+
+
+def _learned_from(config, location, autoencoder: str | None, device):
+    """The data for a configuration, and the configuration, which says what is known of them.
+
+    That is the conditions that the data have, if any are wanted, or the autoencoder of the latents.
+    """
+    from .autoencoder import AUTOENCODER, FACTOR, load_autoencoder, load_latents
+    from .conditions import load_conditioned
+    from .data import load_slices
+    from .training import LatentDenoising
+
+    size = config.objective.image_size
+    if isinstance(config.objective, LatentDenoising):
+        between = load_autoencoder(autoencoder or AUTOENCODER, device)
+        config = config.replace(autoencoder=between.sha256, in_channels=between.latent_channels)
+        return config, load_latents(location, between, FACTOR * size)
+    if autoencoder:
+        raise ValueError("--autoencoder is for --profile latent: the other networks see pixels.")
+    if not getattr(config.objective, "conditions", None):
+        return config, load_slices(location.train, size)
+    data = load_conditioned(location, size)
+    return config.replace(conditions=data.conditions), data
 
 
 def _with_settings(config, settings: list[str]):
@@ -95,11 +119,14 @@ def _is_like(value, now, optional: bool) -> bool:
 BATCH = 64  # images drawn at once
 
 
-def _draw(args: argparse.Namespace, denoise):
-    """As many samples as ``args`` name: the first batch from its seed, each next from one of its own."""
+def _draw(args: argparse.Namespace, denoise, y=None):
+    """As many samples as ``args`` name: the first batch from its seed, each next from one of its own.
+
+    ``y``: conditions of one sample, (1, …) by name, which all get.
+    """
     import torch
 
-    from .sampling import clipped, sample
+    from .sampling import sample
     from .seeds import generator
 
     counts = [min(BATCH, args.number - start) for start in range(0, args.number, BATCH)]
@@ -109,24 +136,47 @@ def _draw(args: argparse.Namespace, denoise):
         for number, count in enumerate(counts):
             # The batch in the place of the seed: batch 1 of seed 0 is then not batch 0 of seed 1.
             seed = generator(number, args.seed).initial_seed()
-            for state in sample(clipped(denoise), count, method=args.method, steps=steps, seed=seed):  # noqa: B007
+            known = y and {name: v.expand(count, -1).to(denoise.device) for name, v in y.items()}
+            for state in sample(denoise, count, method=args.method, steps=steps, seed=seed, y=known):  # noqa: B007
                 bar.update()
             images.append(state.x.cpu())
     return torch.cat(images)
 
 
+def _by_prompt(args: argparse.Namespace):
+    """A guided denoiser of latents, the conditions of the phrase in ``args``, and the way to images."""
+    from .autoencoder import LATENT, load_stable_diffusion
+    from .prompts import tokenize
+    from .sampling import guided
+    from .training import pick_device
+
+    y = {"prompt": tokenize(args.prompt)}
+    denoise, autoencoder = load_stable_diffusion(args.weights or LATENT, device=pick_device())
+    _check_drawing(args, denoise)
+    return guided(denoise, args.guidance), y, lambda x: autoencoder.decode(x.to(denoise.device)).cpu()
+
+
 def _denoiser(args: argparse.Namespace):
     """The denoiser that ``args`` name, once it is clear that samples can be drawn from it."""
-    from .seeds import check_seed
+    from .sampling import clipped
     from .training import WEIGHTS, load_weights, pick_device
+
+    denoise = load_weights(args.weights or WEIGHTS, pick_device())
+    if denoise.shape[0] != 1:
+        shape = "×".join(map(str, denoise.shape))
+        raise ValueError(f"{args.weights} makes latents of {shape}, not pictures: give sample a --prompt.")
+    _check_drawing(args, denoise)
+    return clipped(denoise)
+
+
+def _check_drawing(args: argparse.Namespace, denoise) -> None:
+    from .seeds import check_seed
 
     check_seed(args.seed)
     if args.number < 1:
         raise ValueError(f"--number {args.number}: ask for at least one.")
-    denoise = load_weights(args.weights or WEIGHTS, pick_device())
     if args.method != "ddpm" and not 1 <= args.steps <= denoise.schedule.T:
         raise ValueError(f"--steps {args.steps}: give 1 to {denoise.schedule.T}.")
-    return denoise
 
 
 def _new_file(path: Path) -> Path:
@@ -148,10 +198,16 @@ def _sample(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png.")
-    denoise = _denoiser(args)
-    _new_file(out)
-    images = _draw(args, denoise)
-    figure = grid(list(images), columns=min(8, args.number), title="synthetic – not for diagnosis")
+    title, columns = "synthetic – not for diagnosis", min(8, args.number)
+    if args.prompt is None:
+        denoise = _denoiser(args)
+        _new_file(out)
+        images = _draw(args, denoise)
+    else:
+        denoise, y, decode = _by_prompt(args)
+        _new_file(out)
+        images, title = decode(_draw(args, denoise, y)), f"{args.prompt} · {title}"
+    figure = grid(list(images), columns=columns, title=textwrap.fill(title, 20 * max(columns, 2)))
     figure.savefig(out, dpi=150)
     print(f"{args.number} samples in {out}")
     return 0
@@ -242,11 +298,12 @@ def _add_network_commands(commands) -> None:
     p = commands.add_parser("train", help="train a network and write its weights")
     p.add_argument(
         "--profile",
-        choices=("quick", "laptop", "full"),
+        choices=("quick", "laptop", "guided", "full", "autoencoder", "latent"),
         default="quick",
         help="settings to start from (default: %(default)s)",
     )
     p.add_argument("--data", help="data set (default: $OASIS_ROOT, else phantoms)")
+    p.add_argument("--autoencoder", help="for latent: file of the autoencoder (default: the one that ships)")
     p.add_argument(
         "--out", default="runs/weights.safetensors", help="file for the weights (default: %(default)s)"
     )
@@ -265,6 +322,13 @@ def _add_network_commands(commands) -> None:
     p.add_argument("--weights", help="file of weights (default: those that ship)")
     p.add_argument("--out", default="samples.png", help="PNG to write (default: %(default)s)")
     p.add_argument("--number", type=int, default=16, help="how many samples to draw (default: %(default)s)")
+    p.add_argument("--prompt", help="heads of 256×256 for a phrase, as 'marked atrophy, thin scalp'")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        default=3.0,
+        help="how much the prompt is exaggerated, 1 is not (default: 3)",
+    )
     _add_drawing(p)
     p.set_defaults(run=_sample)
 

@@ -11,9 +11,17 @@ from PIL import Image
 
 from oasis_helpers import evaluation, plots, training
 from oasis_helpers.__main__ import _draw, _parser, _with_settings, main
+from oasis_helpers.autoencoder import LATENT, Autoencoding, load_stable_diffusion
 from oasis_helpers.layout import DataLocation, image_name
 from oasis_helpers.sampling import clipped, sample_images
-from oasis_helpers.training import PROFILES, TrainConfig, load_weights, save_weights
+from oasis_helpers.training import (
+    PROFILES,
+    WEIGHTS,
+    LatentDenoising,
+    TrainConfig,
+    load_weights,
+    save_weights,
+)
 
 TINY = TrainConfig(steps=4, batch_size=4).replace(
     image_size=16, base_channels=8, channel_mult=(1, 2), attention_levels=(), T=20
@@ -33,7 +41,7 @@ def tiny(tmp_path_factory):
 def undrawn(monkeypatch):
     """To draw samples fails the test."""
 
-    def draw(args, denoise):
+    def draw(args, denoise, y=None):
         raise AssertionError("samples were drawn")
 
     monkeypatch.setattr("oasis_helpers.__main__._draw", draw)
@@ -136,6 +144,90 @@ def test_train_interrupted_resumed_and_sampled(train, tmp_path, monkeypatch, cap
     with Image.open(picture) as shown:
         assert shown.format == "PNG"
         assert shown.width > 100
+
+
+def test_train_with_what_is_known_of_phantoms_and_people(phantoms, tmp_path, monkeypatch, capsys):
+    tiny = PROFILES["guided"].replace(
+        steps=4, batch_size=4, precision="fp32", image_size=16, base_channels=8, channel_mult=(1, 2),
+        attention_levels=(1,), T=50,
+    )  # fmt: skip
+    monkeypatch.setitem(training.PROFILES, "guided", tiny)
+    people = shutil.copytree(phantoms.root, tmp_path / "people")
+    (people / "phantoms.json").unlink()
+    for root, names in (
+        (phantoms.root, ["height", "atrophy", "head"]),
+        (people, ["height", "age", "sex", "cdr"]),
+    ):
+        out = tmp_path / f"{root.name}.safetensors"
+        command = ["train", "--profile", "guided", "--data", str(root), "--out", str(out), "--every", "2"]
+        if root == people:
+            _fails_after_its_first_line(
+                command, "has no subjects.csv, so nothing is known of its cases", capsys
+            )
+            assert not training.run_folder(out).exists()
+            (people / "subjects.csv").write_text("ID,M/F,Age,CDR\nOAS1_0001_MR1,F,74,0.5\n")
+        with monkeypatch.context() as patched:
+            patched.setattr("oasis_helpers.training.run.save_weights", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                main(command)
+        training.checkpoints(out)[-1].unlink()  # as if it had been stopped after step 2
+        assert main([*command, "--resume"]) == 0
+        assert f"told {', '.join(names)}" in capsys.readouterr().out
+        assert list(load_weights(out).network.conditions) == names
+
+
+def test_an_autoencoder_and_a_model_of_its_latents(phantoms, tmp_path, monkeypatch, capsys):
+    small = Autoencoding(64, encoder_widths=(8, 8), decoder_widths=(8, 8), encoder_blocks=1, decoder_blocks=1)
+    monkeypatch.setitem(training.PROFILES, "autoencoder", TrainConfig(small, steps=2, batch_size=2))
+    latent = TrainConfig(LatentDenoising(image_size=8), steps=2, batch_size=4).replace(
+        base_channels=8, channel_mult=(1, 2), attention_levels=()
+    )
+    monkeypatch.setitem(training.PROFILES, "latent", latent)
+    first, second = (tmp_path / f"{name}.safetensors" for name in ("a", "l"))
+    command = ["train", "--data", str(phantoms.root), "--every", "1", "--profile"]
+    pixels = [*command, "quick", "--autoencoder", str(first)]
+    _fails_after_its_first_line(pixels, "--autoencoder is for --profile latent", capsys)
+    latent = [*command, "latent", "--autoencoder", str(first), "--out", str(second)]
+    _fails_after_its_first_line(latent, f"{first} does not exist. Train it first", capsys)
+    assert main([*command, "autoencoder", "--out", str(first), "--set", "latent_channels=3"]) == 0
+    assert main(latent) == 0
+    denoise, _ = load_stable_diffusion(second, first)
+    assert denoise.shape == (3, 8, 8)  # of as many channels as the autoencoder has
+
+
+def test_a_head_for_a_prompt(tmp_path, capsys):
+    """By the weights that ship: the size of the picture, and that another phrase gives another head."""
+    out = [tmp_path / f"{name}.png" for name in ("a", "b", "again")]
+    for path, prompt in zip(out, ("marked atrophy", "no atrophy", "Marked atrophy,")):
+        command = ["sample", "--prompt", prompt, "--number", "1", "--method", "dpm_solver", "--steps", "2"]
+        assert main([*command, "--out", str(path)]) == 0
+    first, other, again = (
+        [*Image.open(path).convert("L").crop((30, 80, 290, 290)).getdata()] for path in out
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("marked atrofy", "the word 'atrofy' is unknown: the nearest known are 'atrophy'"),
+        ("", "the prompt is empty"),
+        ("atrophy 0.65", "atrophy 0.65 cannot be said"),
+        ("mild atrophy, no atrophy", "says atrophy twice"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read(prompt, message, tmp_path, undrawn, capsys):
+    _fails(["sample", "--prompt", prompt, "--out", tmp_path / "new" / "x.png"], message, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_kind_are_named(tmp_path, undrawn, capsys):
+    out = tmp_path / "x.png"
+    for command in (["sample", "--weights", LATENT], ["evaluate", LATENT, "--number", "100"]):
+        _fails([*command, "--out", out], "makes latents of 4×32×32, not pictures", capsys)
+    pixels = ["sample", "--prompt", "no atrophy", "--weights", WEIGHTS, "--out", out]
+    _fails(pixels, "is of kind 'denoiser', not a denoiser of latents", capsys)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _fails_after_its_first_line(command, message, capsys):
@@ -266,7 +358,8 @@ def test_numbers_out_of_range_are_refused_before_drawing(
 
 
 def _drawn(tiny, number, seed=0, method="ddim"):
-    return _draw(Namespace(number=number, method=method, steps=3, seed=seed), load_weights(tiny))
+    how = Namespace(number=number, method=method, steps=3, seed=seed)
+    return _draw(how, clipped(load_weights(tiny)))
 
 
 def test_many_samples_are_drawn_in_batches_and_none_comes_twice(tiny):
@@ -319,7 +412,7 @@ def test_evaluate_with_a_segmenter_of_ones_own_where_figures_are_undefined(
         network = evaluation.Segmenter()  # has learned nothing and finds no brain anywhere
     evaluation.save_segmenter(segmenter, network, {"data": "oasis: 36 cases"})
     images = torch.rand((100, 1, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    monkeypatch.setattr("oasis_helpers.__main__._draw", lambda args, denoise: images)
+    monkeypatch.setattr("oasis_helpers.__main__._draw", lambda args, denoise, y=None: images)
     monkeypatch.setattr(evaluation, "evaluate", partial(evaluation.evaluate, rounds=2))
     (tmp_path / "data").mkdir()
     data = _set(phantoms, tmp_path / "data")

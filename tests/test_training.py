@@ -778,7 +778,7 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no configuration"):
         load_weights(path)
     save(path, {"a": torch.zeros(1)}, "segmenter", {})
-    with pytest.raises(ValueError, match="holds a segmenter, not a denoiser"):
+    with pytest.raises(ValueError, match="is of kind 'segmenter', not a denoiser"):
         load_weights(path)
     save(path, {"a": torch.zeros(1)}, "denoiser", {"colour": "red"})
     with pytest.raises(ValueError, match=r"'colour'.*update oasis_helpers"):

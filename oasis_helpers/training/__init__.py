@@ -5,9 +5,10 @@
 
 from .config import PROFILES, TrainConfig, learning_rate, pick_device
 from .loop import EMA, TrainState, autocast, draw_step, faster_precision, train
-from .objective import Denoising, validation_loss
+from .objective import Denoising, LatentDenoising, validation_loss
 from .run import checkpoints, run_folder, train_to
 from .weights import (
+    GUIDED,
     WEIGHTS,
     Header,
     fingerprint,
@@ -21,8 +22,8 @@ from .weights import (
 )
 
 __all__ = [
-    "EMA", "PROFILES", "WEIGHTS", "Denoising", "Header", "TrainConfig", "TrainState", "autocast",
-    "checkpoints", "draw_step", "faster_precision", "fingerprint", "learning_rate", "load_network",
-    "load_weights", "pick_device", "read_header", "read_tensors", "run_folder", "save", "save_checkpoint",
-    "save_weights", "train", "train_to", "validation_loss",
+    "EMA", "GUIDED", "PROFILES", "WEIGHTS", "Denoising", "Header", "LatentDenoising", "TrainConfig",
+    "TrainState", "autocast", "checkpoints", "draw_step", "faster_precision", "fingerprint", "learning_rate",
+    "load_network", "load_weights", "pick_device", "read_header", "read_tensors", "run_folder", "save",
+    "save_checkpoint", "save_weights", "train", "train_to", "validation_loss",
 ]  # fmt: skip

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from ..autoencoder import Autoencoding
+from ..conditions import PHANTOM_CONDITIONS
 from ..seeds import check_seed
 from ..unet import UNet
-from .objective import Denoising
+from .objective import Denoising, LatentDenoising
 
 _CHOICES = {"precision": ("fp32", "bf16", "auto"), "lr_schedule": ("cosine", "linear", "constant")}
 
@@ -112,6 +114,15 @@ PROFILES = {
         warmup=100,
         precision="auto",
     ),
+    # told the height of a slice, atrophy and size of the head, or of people what their table says
+    "guided": TrainConfig(
+        Denoising(min_snr_gamma=5.0, snr_offset=1.0, conditions=PHANTOM_CONDITIONS),
+        steps=16_000,
+        batch_size=16,
+        lr=1e-3,
+        warmup=100,
+        precision="auto",
+    ),
     # a GPU's worth: 128×128, about 20 million parameters
     "full": TrainConfig(
         Denoising(schedule="shifted cosine", min_snr_gamma=5.0, snr_offset=1.0),
@@ -123,6 +134,13 @@ PROFILES = {
         precision="auto",
     ).replace(
         image_size=128, base_channels=64, channel_mult=(1, 2, 3, 4), num_res_blocks=2, attention_levels=(2, 3)
+    ),
+    # Stable Diffusion's two halves: 256×256 to 32×32×4 and back, then heads by a prompt among those
+    "autoencoder": TrainConfig(
+        Autoencoding(), steps=6000, batch_size=16, lr=1e-3, warmup=200, precision="auto"
+    ),
+    "latent": TrainConfig(
+        LatentDenoising(), steps=9000, batch_size=64, lr=1e-3, warmup=200, precision="auto"
     ),
 }
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..conditions import Condition, from_json, to_json, without
+from ..conditions import Condition, Tokens, from_json, to_json, without
 from ..data import to_unit_range
 from ..diffusion import LOSSES, Denoiser, NoiseSchedule, check_prediction, diffusion_loss
+from ..prompts import LENGTH, VOCABULARY, phrases, tokens
 from ..seeds import generator
 from ..unet import UNet
 
@@ -44,8 +45,9 @@ class Denoising:
     ``image_size`` in pixels; ``network``: settings of the :class:`~oasis_helpers.unet.UNet`;
     ``schedule``, ``T``, ``prediction``, ``loss``, ``min_snr_gamma`` and ``snr_offset`` as in
     :mod:`~oasis_helpers.diffusion`; ``conditions`` by name as in :mod:`~oasis_helpers.conditions`, left out
-    of the share ``drop`` of the images, so that the network is unconditional as well. Raises
-    ``ValueError`` for settings that do not exist.
+    of the share ``drop`` of the images, so that the network is unconditional as well; where there are
+    several, each is also left out alone as often, so that any of them can be asked for without the others.
+    Raises ``ValueError`` for settings that do not exist.
     """
 
     image_size: int = 64
@@ -132,6 +134,10 @@ class Denoising:
         noise = torch.randn(images.shape, generator=drawn)
         if y:
             y = without(self.conditions, y, torch.rand(len(images), generator=drawn) < self.drop)
+            if len(y) > 1:
+                for name, values in y.items():
+                    alone = torch.rand(len(images), generator=drawn) < self.drop
+                    y |= without(self.conditions, {name: values}, alone)
         return {"images": images, "t": t, "noise": noise, "y": y}
 
     def __call__(self, network: nn.Module, step: dict[str, Any]) -> Tensor:
@@ -142,6 +148,47 @@ class Denoising:
             network, self.make_schedule(), x0, step["t"], step["noise"], self.prediction, step["y"] or None,
             loss=self.loss, min_snr_gamma=self.min_snr_gamma, snr_offset=self.snr_offset,
         )  # fmt: skip
+
+
+def _latent_unet() -> dict[str, Any]:
+    return {
+        "in_channels": 4, "base_channels": 48, "channel_mult": (1, 2, 3), "num_res_blocks": 1,
+        "attention_levels": (1, 2), "patch_size": 1,
+    }  # fmt: skip
+
+
+def _a_prompt() -> dict[str, Condition]:
+    return {"prompt": Tokens(len(VOCABULARY), LENGTH)}
+
+
+@dataclass(frozen=True)
+class LatentDenoising(Denoising):
+    """The objective of Stable Diffusion: :class:`Denoising`, of latents, by phrases about them.
+
+    ``image_size`` is that of the latents. ``autoencoder``: the SHA-256 of the file of weights whose latents
+    they are; those of another autoencoder mean nothing to the network. ``words``: the vocabulary that its
+    tokens number. Each time a latent is seen, a new phrase is made of what is true of it.
+    """
+
+    image_size: int = 32
+    network: Mapping[str, Any] = field(default_factory=_latent_unet)
+    min_snr_gamma: float | None = 5.0
+    snr_offset: float = 1.0
+    conditions: Mapping[str, Condition] = field(default_factory=_a_prompt)
+    autoencoder: str = ""
+    words: tuple[str, ...] = VOCABULARY
+    kind: ClassVar[str] = "latent denoiser"
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "words", tuple(self.words))
+        if self.words != VOCABULARY:
+            raise ValueError("its prompts have other words than this version's grammar")
+
+    def draw(self, batch, drawn: torch.Generator) -> dict[str, Any]:
+        """Phrases for latents (B, c, h, w) of which (B, 6) is true, and the rest as :class:`Denoising`."""
+        latents, known = batch
+        return super().draw((latents, {"prompt": tokens(phrases(known, drawn))}), drawn)
 
 
 @torch.no_grad()

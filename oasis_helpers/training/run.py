@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from .weights import (
     fingerprint,
     read_header,
     read_tensors,
-    save,
     save_checkpoint,
     save_weights,
 )
@@ -88,7 +88,7 @@ def train_to(
             raise ValueError(f"{name} is {number}: give 1 or more.")
     start = _claim(out, resume)
     if start is not None and _step_of(start) == config.steps:  # it died between the last step and the weights
-        _finish_from(start, out, config, card)
+        _finish_from(start, out, config, data, card)
         return
     state, rows = None, _Rows(run_folder(out), start)
     with _ends_after_the_step() as interrupted, rows:
@@ -112,8 +112,7 @@ def train_to(
         checkpoint = _checkpoint_of(out, state.step)
         raise KeyboardInterrupt(f"stopped after step {state.step}; {checkpoint} has all to go on")
     if state.is_main:
-        save_weights(out, state.ema.model, state.config, card | {"steps": state.step})
-        _delete_checkpoints(out)
+        _write_weights(out, state.ema.model, state.config, data, card | {"steps": state.step})
 
 
 def _checked(card: dict[str, Any] | None) -> dict[str, Any]:
@@ -144,20 +143,29 @@ def _claim(out: Path, resume: bool) -> Path | None:
     return None
 
 
-def _finish_from(checkpoint: Path, out: Path, config: TrainConfig, card: dict[str, Any]) -> None:
+def _finish_from(checkpoint: Path, out: Path, config: TrainConfig, data, card: dict[str, Any]) -> None:
     """Write the weights of a run whose last step is in ``checkpoint``."""
     tensors, header = read_tensors(checkpoint)
     check_same_run(checkpoint, header, config, card["data_fingerprint"])
-    average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+    average = config.make_network().eval()
+    average.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
     if _is_main():
-        save(
-            out, average, header.kind, header.settings, training=header.training,
-            card=card | {"steps": header.run["step"]},
-        )  # fmt: skip
-        _delete_checkpoints(out)
+        # "auto" stood for the precision that the run chose
+        config = replace(config, precision=header.training["precision"])
+        _write_weights(out, average, config, data, card | {"steps": header.run["step"]})
 
 
-def _delete_checkpoints(out: Path) -> None:
+def _write_weights(
+    out: Path, network: torch.nn.Module, config: TrainConfig, data, card: dict[str, Any]
+) -> None:
+    """The weights at the end of a run, in place of its checkpoints.
+
+    An objective may have a last thing to do with its network, ``finish(network, data)``: what can be
+    measured only when it is trained, and belongs to its weights.
+    """
+    if finish := getattr(config.objective, "finish", None):
+        finish(network, data)
+    save_weights(out, network, config, card)
     for path in checkpoints(out):
         path.unlink()
 

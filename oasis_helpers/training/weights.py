@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..diffusion import Denoiser
 from ..layout import replace_file
-from .objective import Denoising
+from .objective import Denoising, LatentDenoising
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 WEIGHTS = Path(__file__).parents[1] / "weights" / "phantoms-64.safetensors"
+GUIDED = WEIGHTS.with_name("guided-64.safetensors")
+_DENOISERS = {c.kind: c for c in (Denoising, LatentDenoising)}
 _NETWORK = ("base_channels", "channel_mult", "num_res_blocks", "attention_levels", "patch_size")
 
 
@@ -221,11 +223,13 @@ def load_weights(path: str | Path = WEIGHTS, device: torch.device | str = "cpu")
     """The denoiser in a file of :func:`save_weights`, in eval mode.
 
     Without ``path``: the weights that ship, trained on 64×64 phantoms. ``read_header`` tells how they were
-    trained. Raises ``FileNotFoundError``, or ``ValueError`` for a file that is damaged or of another kind.
+    trained. One of latents needs their autoencoder beside it: see
+    :func:`~oasis_helpers.autoencoder.load_stable_diffusion`. Raises ``FileNotFoundError``, or ``ValueError``
+    for a file that is damaged or of another kind.
     """
     header = read_header(path)
-    if header.kind != Denoising.kind:
-        raise ValueError(f"{path} holds a {header.kind}, not a denoiser.")
+    if header.kind not in _DENOISERS:
+        raise ValueError(f"{path} is of kind {header.kind!r}, not a denoiser.")
     if header.run:
         raise ValueError(f"{path} is a checkpoint: go on with its run (--resume), which writes the weights.")
     objective = _objective(path, header)
@@ -234,7 +238,7 @@ def load_weights(path: str | Path = WEIGHTS, device: torch.device | str = "cpu")
 
 def _objective(path: str | Path, header: Header) -> Denoising:
     try:
-        objective = Denoising.from_settings(header.settings)
+        objective = _DENOISERS[header.kind].from_settings(header.settings)
         blocks = objective.network.get("num_res_blocks", 1) * len(objective.network.get("channel_mult", ()))
         layers = sum(getattr(c, "layers", 0) for c in objective.conditions.values())
         if blocks + layers > len(header.shapes):  # millions of empty blocks would take memory, too
