@@ -1,8 +1,8 @@
 """Write what was measured into the tables of the weights' cards.
 
-``python benchmarks/card.py`` after ``minutes.py``, ``samplers.py``, ``evaluation.py`` and ``segmenter.py``
-replaces the cells of the rows named here by what the JSON files say, and leaves all else as it is. Tests
-compare the cards with the files.
+``python benchmarks/card.py`` after ``minutes.py``, ``samplers.py``, ``evaluation.py``, ``segmenter.py`` and
+``obedience.py`` replaces the cells of the rows named here by what the JSON files say, and leaves all else as
+it is. Tests compare the cards with the files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from oasis_helpers.evaluation import SEGMENTER
 from oasis_helpers.layout import write_file
-from oasis_helpers.training import WEIGHTS, read_header
+from oasis_helpers.training import GUIDED, WEIGHTS, read_header
 
 HERE = Path(__file__).parent
 COLUMNS = ("weights that ship", "perfect generator", "mean of training", "noise")
@@ -93,8 +93,25 @@ def segmenter_rows() -> dict[str, list[str]]:
     }
 
 
+def guided_rows() -> dict[str, list[str]]:
+    """The rows of the card of the guided network."""
+    rows = {}
+    for name, row in recorded("obedience")["rows"].items():
+        height, atrophy = row["height"], row["atrophy"]
+        rows[name] = [
+            f"{height['r']:.3f}, {height['slope']:.2f}, {height['error']:.2f}",
+            f"{atrophy['r']:.3f}, {atrophy['slope']:.2f}, {atrophy['error']:.3f}",
+            f"{row['head']['right']:.0%}",
+            f"{row['KID']:.3f}",
+            f"{row['spread']:.2f}",
+            f"{row['calls a step']:.1f}",
+        ]
+    return rows
+
+
 def main() -> None:
-    for weights, rows in ((WEIGHTS, weights_rows()), (SEGMENTER, segmenter_rows())):
+    cards = ((WEIGHTS, weights_rows()), (SEGMENTER, segmenter_rows()), (GUIDED, guided_rows()))
+    for weights, rows in cards:
         card = weights.with_suffix(".md")
         write_file(card, fill(card.read_text(encoding="utf-8"), rows).encode())
         print(card.name)

@@ -52,6 +52,7 @@ def test_the_series_is_complete():
         "05_reverse_sampling",
         "05b_editing",
         "06_evaluation",
+        "07_guidance",
     ]
 
 
