@@ -79,6 +79,11 @@ quality: heads ## train the weights that ship and measure everything that takes 
 	$(PY) benchmarks/time_to_quality.py $(LARGE)
 	$(PY) benchmarks/samplers.py $(LARGE)
 	$(PY) benchmarks/evaluation.py $(LARGE) runs/minutes
+	$(PY) benchmarks/guided.py $(LARGE) runs/guided
+	cp runs/guided/guided-64.safetensors runs/guided/guided-64-early.safetensors oasis_helpers/weights/
+	$(PY) benchmarks/obedience.py
+	$(PY) benchmarks/latent.py $(LARGE) runs/latent
+	cp runs/latent/autoencoder-256.safetensors runs/latent/latent-256.safetensors oasis_helpers/weights/
 	$(PY) benchmarks/card.py
 	$(PY) benchmarks/ablations.py
 	$(PY) benchmarks/networks.py

@@ -5,10 +5,11 @@ ROOT --cases 302 35 17``). It trains this U-Net and those of three well-known li
 equal parameters within a tenth) by the same loop on the same slices, in fp32. Ours folds 2×2 pixels into
 channels and works on 32×32; so that no network is judged by that alone, each of the others runs a second
 time behind the same folding. First the speed of each is measured with all cores and nothing else running, in
-turn, the median of five rounds; it says how many steps the minutes hold for each. A second race gives all as
+turn, the median of three rounds; it says how many steps the minutes hold for each. A second race gives all as
 many steps as the minutes hold for diffusers unfolded: enough to see heads, and few enough for the slowest.
 The learning rate falls to zero over the steps. The runs go in parallel, a thread each, and are judged as
-``judge.py`` says; beside them stands what a perfect generator would reach.
+``judge.py`` says; beside them stands what a perfect generator would reach. On a GPU (see ``runs.py``) the
+minutes are still those of a CPU, whose speeds must be there: ``--speeds`` measures them and stops.
 
 A seed decides the initial weights, the order of the slices, timesteps and noise, and where sampling starts.
 Three seeds can show a difference that is several times their spread: the interval of the mean of three is 2.5
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -32,16 +34,16 @@ import torch
 import torch.nn.functional as F
 from judge import SETTING, draw, holm, judge_of, machine, paired
 from networks import NETWORKS, missing, parameters, width_near
+from runs import ON_GPU, in_parallel, trained, training_slices
 from torch import Tensor, nn
 
 from oasis_helpers import plots
-from oasis_helpers.data import find_data, load_slices
 from oasis_helpers.training import PROFILES, train
 
 RESULT = Path(__file__).with_name("time_to_quality.json")
 SAMPLED = RESULT.with_suffix(".npz")
 PICTURE = Path(__file__).parents[1] / "figures" / "time_to_quality.png"
-ROUNDS, FOLD = 5, 2
+ROUNDS, FOLD = 3, 2
 OURS, MEASURE = "oasis_helpers", "diffusers"  # whose minutes give the number of the same steps
 MINUTES, STEPS = RACES = ("same minutes", "same steps")
 SHOWN = ("KID", "FID", "precision", "coverage", "anatomy: ventricles", "anatomy: symmetry")
@@ -111,9 +113,9 @@ def measure(root: str, name: str, width: int, seed: int, steps: int) -> tuple[st
     """One run: network, seed, what it reached, and its first eight samples as bytes."""
     torch.set_num_threads(1)
     config = CONFIG.replace(steps=steps, warmup=min(CONFIG.warmup, steps // 5), seed=seed)
-    slices = load_slices(find_data(root).train, config.objective.image_size)
-    *_, state = train(config, slices, model=new_network(name, width, seed), device="cpu")
-    samples = draw(config.objective.denoiser(state.ema.model), seed=seed)
+    slices = training_slices(root, config.objective.image_size)
+    average = trained(config, slices, partial(new_network, name, width, seed)).average
+    samples = draw(config.objective.denoiser(average), seed=seed)
     found = {"steps": steps} | judge_of(root).figures(samples)
     return name, seed, found, ((samples[:8] + 1) * 127.5).byte().numpy()
 
@@ -130,21 +132,31 @@ def differences(runs: dict[str, dict[str, dict]]) -> dict[str, dict[str, float]]
     return found
 
 
+def common(runs: dict[str, dict[str, dict]]) -> list[str]:
+    """The seeds that every network of a race has run with."""
+    return sorted(set.intersection(*map(set, runs.values())))
+
+
+def cells(runs: list[dict], what: str) -> str:
+    """A figure of several runs as mean ± standard deviation; of one run its KID with the interval by head."""
+    values = [run[what] for run in runs]
+    if len(values) > 1:
+        return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    interval = f" ({runs[0]['KID, low']:.2f} to {runs[0]['KID, high']:.2f})" if what == "KID" else ""
+    return f"{values[0]:.2f}{interval}"
+
+
 def table(result: dict, race: str) -> Iterator[str]:
-    """A race as a table in Markdown: mean ± standard deviation of the seeds."""
-    yield f"| {race} | steps | " + " | ".join(SHOWN) + " | KID above ours |"
-    yield "|---" * (len(SHOWN) + 3) + "|"
+    """A race as a table in Markdown, of the seeds that all networks have run with."""
+    seeds = common(result[race])
+    yield f"| {race}, seeds {', '.join(seeds)} | steps | " + " | ".join(SHOWN) + " |"
+    yield "|---" * (len(SHOWN) + 2) + "|"
     for name, runs in result[race].items():
-        cells = [name, f"{next(iter(runs.values()))['steps']:,}"]
-        for what in SHOWN:
-            values = [run[what] for run in runs.values()]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        above = result["KID above ours"][race].get(name)
-        cells.append(f"{above['mean']:.2f} ({above['low']:.2f} to {above['high']:.2f})" if above else "")
-        yield f"| {' | '.join(cells)} |"
-    perfect = (f"{result['perfect generator'][what]:.2f}" for what in SHOWN)
-    yield f"| a perfect generator | | {' | '.join(perfect)} | |"
+        found = [runs[seed] for seed in seeds]
+        row = [name, f"{found[0]['steps']:,}", *(cells(found, what) for what in SHOWN)]
+        yield f"| {' | '.join(row)} |"
+    perfect = (cells([result["perfect generator"]], what) for what in SHOWN)
+    yield f"| a perfect generator | | {' | '.join(perfect)} |"
 
 
 def picture(minutes: float, names: list[str]):
@@ -152,8 +164,8 @@ def picture(minutes: float, names: list[str]):
     with np.load(SAMPLED) as file:
         rows = {name: file[name] for name in names if name in file}
     images = [torch.from_numpy(image) for name in rows for image in rows[name]]
-    title = f"{minutes:g} minutes of training each, from above: {', '.join(rows)} · synthetic"
-    return plots.grid(images, columns=8, title=title)
+    title = f"{minutes:g} minutes of training each, synthetic. From above: {'; '.join(rows)}"
+    return plots.grid(images, columns=8, title=textwrap.fill(title, 110))
 
 
 def main() -> None:
@@ -161,7 +173,8 @@ def main() -> None:
     parser.add_argument("root", help="folder of the large phantom set")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=joblib.cpu_count(), help="runs at the same time")
+    parser.add_argument("--speeds", action="store_true", help="measure the speeds, and nothing else")
+    parser.add_argument("--jobs", type=int, help="runs at the same time")
     args = parser.parse_args()
     makers = builders()
     print("not installed, left out:", ", ".join(missing()) or "none")
@@ -169,9 +182,18 @@ def main() -> None:
     widths = {name: width_near(make, ours) for name, make in makers.items()}
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if result.get("steps per second", {}).keys() != widths.keys():
-        slices = load_slices(find_data(args.root).train, CONFIG.objective.image_size)
+        if ON_GPU:
+            parser.error(
+                f"the minutes are those of a CPU: run it on one with --speeds, and bring {RESULT.name}."
+            )
+        slices = training_slices(args.root, CONFIG.objective.image_size)
         rounds = [{n: steps_per_second(n, w, slices) for n, w in widths.items()} for _ in range(ROUNDS)]
-        result = {"steps per second": {n: statistics.median(found[n] for found in rounds) for n in widths}}
+        speeds = {n: statistics.median(found[n] for found in rounds) for n in widths}
+        result = {"speeds measured on": machine(), "steps per second": speeds}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    if args.speeds:
+        print(result["steps per second"])
+        return
     steps = plan(result["steps per second"], args.minutes)
     races = {  # what is there of the runs that are wanted
         race: {
@@ -186,6 +208,7 @@ def main() -> None:
         f"profile's loop, fp32, {args.seeds} seeds; {SETTING}",
         "minutes": args.minutes,
         "parameters": {name: parameters(make(widths[name])) for name, make in makers.items()},
+        "speeds measured on": result["speeds measured on"],
         "steps per second": result["steps per second"],
         "perfect generator": judge_of(args.root).perfect(),
     }
@@ -196,14 +219,14 @@ def main() -> None:
         for name, count in counts.items()
         if str(seed) not in races[race][name]
     }
-    jobs = [joblib.delayed(measure)(args.root, n, widths[n], seed, count) for n, seed, count in wanted]
+    jobs = [(args.root, n, widths[n], seed, count) for n, seed, count in wanted]
 
     def stored() -> dict:
         found = result | races | {"KID above ours": {race: differences(races[race]) for race in RACES}}
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
         return found
 
-    for name, seed, found, samples in joblib.Parallel(args.jobs, return_as="generator_unordered")(jobs):
+    for name, seed, found, samples in in_parallel(measure, jobs, args.jobs):
         for race in RACES:
             if steps[race][name] == found["steps"]:
                 races[race][name][str(seed)] = found
@@ -216,7 +239,8 @@ def main() -> None:
     print(found["machine"], "·", found["setting"])
     for race in RACES:
         print("", *table(found, race), sep="\n")
-    PICTURE.write_bytes(plots.png(picture(args.minutes, list(makers)), dpi=100))
+    best = sorted(makers, key=lambda name: races[MINUTES][name]["0"]["KID"])
+    PICTURE.write_bytes(plots.png(picture(args.minutes, best), dpi=100))
 
 
 if __name__ == "__main__":

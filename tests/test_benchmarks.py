@@ -11,8 +11,19 @@ import pytest
 import torch
 from notebook_tools import ROOT
 
-from oasis_helpers.evaluation import PIXEL, SEGMENTER
-from oasis_helpers.training import PROFILES, WEIGHTS, read_header
+from oasis_helpers.autoencoder import load_autoencoder, load_stable_diffusion
+from oasis_helpers.evaluation import PIXEL, SEGMENTER, load_segmenter
+from oasis_helpers.training import (
+    GUIDED,
+    PROFILES,
+    WEIGHTS,
+    TrainConfig,
+    load_weights,
+    read_header,
+    save_weights,
+    train,
+)
+from oasis_helpers.training.loop import draw_step
 
 BENCHMARKS = ROOT / "benchmarks"
 README, CARD = ROOT / "README.md", WEIGHTS.with_suffix(".md")
@@ -70,6 +81,108 @@ def test_a_cell_is_compared_by_its_own_digits():
 def test_every_script_fits_the_package(module):
     for script in BENCHMARKS.glob("*.py"):
         module(script.stem)
+
+
+# ---- many runs at once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_snr_gamma": 5.0, "snr_offset": 1.0},
+        {"prediction": "epsilon", "loss": "huber", "lr_schedule": "constant", "weight_decay": 0.1},
+    ],
+)
+def test_a_step_to_be_recorded_is_a_step_of_the_loop(module, settings):
+    """Without a GPU it is played unrecorded; what it draws, weights and averages is the same."""
+    runs, count = module("runs"), 5
+    config = TrainConfig(steps=count, lr=2e-3, warmup=2, ema_decay=0.9, batch_size=4).replace(
+        image_size=16, base_channels=8, channel_mult=(1, 2), attention_levels=(1,), **settings
+    )
+    images = torch.randint(
+        0, 256, (10, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    *_, state = train(config, images, device="cpu")
+    step = runs.Step(config, config.make_network(), torch.device("cpu"))
+    for number in range(count):
+        step.play(draw_step(config, images, config.objective, number), number)
+    fresh = config.make_network().state_dict()
+    for ours, theirs in ((step.network, state.model), (step.ema.model, state.ema.model)):
+        found, wanted = ours.state_dict(), theirs.state_dict()
+        assert any((wanted[name] - fresh[name]).abs().max() > 1e-3 for name in wanted)  # it has moved
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=2e-5)
+
+
+def test_runs_end_in_the_same_weights_however_they_are_started(module, tmp_path):
+    runs = module("runs")
+    config = TrainConfig(steps=3, batch_size=4).replace(
+        image_size=16, base_channels=8, channel_mult=(1,), attention_levels=()
+    )
+    images = torch.randint(
+        0, 256, (10, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    (found,) = runs.in_parallel(runs.trained, [(config, images)], 1)
+    runs.trained_to(tmp_path / "weights.safetensors", config, images, {"data": "noise"})
+    stored = load_weights(tmp_path / "weights.safetensors").network.state_dict()
+    for name, tensor in found.average.state_dict().items():
+        torch.testing.assert_close(stored[name], tensor)
+    before = (tmp_path / "weights.safetensors").read_bytes()
+    runs.trained_to(tmp_path / "weights.safetensors", config, images, {})  # it is there
+    assert (tmp_path / "weights.safetensors").read_bytes() == before
+
+
+def test_half_the_size_is_the_same_network(module, tmp_path):
+    config = PROFILES["autoencoder"].replace(encoder_widths=(8, 8), decoder_widths=(8, 8))
+    whole, half = (tmp_path / f"{name}.safetensors" for name in ("whole", "half"))
+    save_weights(whole, config.make_network(), config, {"data": "phantoms"})
+    module("half").halve(whole, half)
+    assert half.stat().st_size < 0.7 * whole.stat().st_size  # with as large a header
+    a, b = (load_autoencoder(path).state_dict() for path in (whole, half))
+    assert all(torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-6) for name in a)
+    first, second = read_header(whole), read_header(half)
+    assert second.card == first.card | {"stored": "float16"}
+    assert (second.settings, second.training) == (first.settings, first.training)
+
+
+def test_the_latent_model_is_trained_on_the_autoencoder_as_it_ships(module, phantoms, tmp_path, monkeypatch):
+    latent = module("latent")
+    tiny = {
+        "autoencoder": PROFILES["autoencoder"].replace(
+            image_size=64, encoder_widths=(8, 8), decoder_widths=(8, 8), batch_size=2
+        ),
+        "latent": PROFILES["latent"].replace(
+            image_size=8, base_channels=8, channel_mult=(1,), attention_levels=(), batch_size=2
+        ),
+    }
+    monkeypatch.setattr(latent, "PROFILES", tiny)
+    command = [
+        "latent.py",
+        str(phantoms.root),
+        str(tmp_path),
+        "--autoencoder-steps",
+        "2",
+        "--latent-steps",
+        "3",
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    latent.main()
+    files = [tmp_path / f"{name}-256.safetensors" for name in ("autoencoder", "latent")]
+    denoise, _ = load_stable_diffusion(files[1], files[0])
+    assert denoise.shape == (4, 8, 8)
+    for path, steps in zip(files, (2, 3)):
+        card = read_header(path).card
+        assert (card["steps"], card["stored"], card["data"]) == (
+            steps,
+            "float16",
+            "phantoms: 2 cases, recipe 3, seed 0",
+        )
+        assert card["seconds"] > 0
+    before = [path.read_bytes() for path in files]
+    latent.main()  # they are there
+    assert [path.read_bytes() for path in files] == before
+    assert not list(tmp_path.glob("*fp32.safetensors"))
 
 
 # ---- the protocol -------------------------------------------------------------------------------
@@ -301,10 +414,13 @@ def test_ablations_compare_with_the_first_setting_of_each_choice(module):
                 runs[name] = {"average": 1 + worse + 0.01 * seed, "last step": 2 + 0.013 * seed**2}
     rows = {(row["choice"], row["setting"]): row for row in ablations.rows(runs, SECONDS)}
     assert rows["prediction", "v"]["difference"] is None
-    assert rows["prediction", "v"]["kid"] == pytest.approx([1.0, 1.01, 1.02, 1.03, 1.04], abs=0.007)
+    assert rows["prediction", "v"]["kid"] == pytest.approx(
+        [1 + 0.01 * seed for seed in ablations.SEEDS], abs=0.007
+    )
     assert rows["prediction", "noise"]["difference"]["mean"] == pytest.approx(0.5, abs=0.007)
     assert rows["prediction", "noise"]["difference"]["p"] < 0.001
-    assert rows["average, rate falls", "last step"]["difference"]["mean"] == pytest.approx(1.058, abs=0.007)
+    last = statistics.mean(1 + 0.013 * seed**2 - 0.01 * seed for seed in ablations.SEEDS)
+    assert rows["average, rate falls", "last step"]["difference"]["mean"] == pytest.approx(last, abs=0.007)
     compared = [row for row in rows.values() if row["difference"]]
     assert len(compared) == len(rows) - len(ablations.choices(SECONDS))
 
@@ -460,7 +576,8 @@ def test_the_tables_of_a_card_are_filled_by_name_and_width(module):
 
 def test_the_cards_are_as_their_script_would_write_them(module):
     script = module("card")
-    for weights, rows in ((WEIGHTS, script.weights_rows()), (SEGMENTER, script.segmenter_rows())):
+    cards = ((WEIGHTS, script.weights_rows()), (SEGMENTER, script.segmenter_rows()))
+    for weights, rows in (*cards, (GUIDED, script.guided_rows())):
         card = weights.with_suffix(".md").read_text()
         assert script.fill(card, rows) == card
 
@@ -480,42 +597,91 @@ NETWORKS = {
     "MONAI `DiffusionModelUNet`": "MONAI",
     "denoising-diffusion-pytorch `Unet`": "denoising-diffusion-pytorch",
 }
-RACED = ("KID", "FID", "precision", "coverage", "ventricles", "symmetry")
+RACED = ("FID", "precision", "coverage", "anatomy: ventricles", "anatomy: symmetry")
 
 
-def test_every_network_had_the_same_minutes():
-    result = _recorded("time_to_quality")
-    assert sorted(result["runs"]) == sorted(result["parameters"]) == sorted(NETWORKS.values())
+def _readme_name(network):
+    """What README's tables call a network of the race."""
+    name, folded, _ = network.partition(", folded")
+    (shown,) = (shown for shown, plain in NETWORKS.items() if plain == name)
+    return shown + folded
+
+
+def test_every_network_made_its_steps_in_both_races(module):
+    race, result = module("time_to_quality"), _recorded("time_to_quality")
+    peers = [name for name in module("networks").NETWORKS if name != race.OURS]
+    names = [race.OURS, *peers, *(f"{name}, folded" for name in peers)]
+    assert sorted(result["parameters"]) == sorted(names)
     sizes = list(result["parameters"].values())
     assert max(sizes) < 1.1 * min(sizes)
-    for name, runs in result["runs"].items():
-        assert sorted(map(int, runs)) == [0, 1, 2]
-        assert {run["steps"] for run in runs.values()} == {int(300 * result["steps per second"][name])}
+    steps = race.plan(result["steps per second"], result["minutes"])
+    for kind in race.RACES:
+        assert sorted(result[kind]) == sorted(names)
+        for name, runs in result[kind].items():
+            assert {run["steps"] for run in runs.values()} == {steps[kind][name]}
+        assert race.common(result[kind]) == ["0"]
+        assert _same_numbers(result["KID above ours"][kind], race.differences(result[kind]))
 
 
-def test_this_network_is_ahead_in_the_mean_after_the_same_minutes():
-    """README says so; more cannot be said of three runs with one order of slices and one noise."""
-    race = _recorded("time_to_quality")["runs"]
-    means = {
-        name: {column: statistics.mean(run[column] for run in runs.values()) for column in RACED}
-        for name, runs in race.items()
+def test_a_race_shows_the_seeds_that_all_networks_have(module):
+    race = module("time_to_quality")
+    kid = {"KID": 0.5, "KID, low": 0.4, "KID, high": 0.6}
+    runs = {"a": {"0": kid, "1": kid}, "b": {"1": kid, "2": kid}}
+    assert race.common(runs) == ["1"]
+    assert race.cells([kid], "KID") == "0.50 (0.40 to 0.60)"
+    assert race.cells([kid, kid | {"KID": 0.7}], "KID") == "0.60 ± 0.14"
+
+
+def test_what_readme_says_of_the_race():
+    """Behind the same folding a peer does as well in the same minutes, and step for step ours is last."""
+    result = _recorded("time_to_quality")
+    minutes, steps = (result[kind] for kind in ("same minutes", "same steps"))
+    ours, peer = (minutes[name]["0"] for name in ("oasis_helpers", "diffusers, folded"))
+    assert max(ours["KID, low"], peer["KID, low"]) < min(ours["KID, high"], peer["KID, high"])
+    assert max(steps, key=lambda name: steps[name]["0"]["KID"]) == "oasis_helpers"
+    words = " ".join(README.read_text().split())
+    found = re.search(r"two runs of this network that differ in their seed came out at (.*?): ", words)
+    _says(found[1], *(run["KID"] for run in minutes["oasis_helpers"].values()))
+
+
+def test_ablations_are_whole(module):
+    ablations, result = module("ablations"), _recorded("ablations")
+    assert _same_numbers(result["table"], ablations.rows(result["runs"], result["seconds per step"]))
+    assert result["setting"] == ablations.SETTING
+    now = json.loads(json.dumps(ablations.BASE.settings()))
+    assert result["base"] == {name: now[name] for name in result["base"]}  # but for settings that came later
+    choices = ablations.choices(result["seconds per step"])
+    settings = [(choice, setting) for choice, found in choices.items() for setting in found]
+    assert [(row["choice"], row["setting"]) for row in result["table"]] == settings
+    assert all(len(row["kid"]) == len(ablations.SEEDS) for row in result["table"])
+    assert result["perfect generator"]["KID"] < min(row["mean"] for row in result["table"])
+    shown = {
+        (row["choice"], row["setting"]): row["difference"]["mean"] < 0
+        for row in result["table"]
+        if row["difference"] and row["difference"]["p"] < 0.05
     }
-    ours = means.pop("oasis_helpers")
-    for column in ("KID", "FID", "ventricles", "symmetry"):
-        assert ours[column] < min(found[column] for found in means.values()), column
-    for column in ("precision", "coverage"):
-        assert ours[column] > max(found[column] for found in means.values()), column
+    same = "batch (same images)"
+    assert shown == {
+        (same, "4"): True,
+        (same, "64"): False,
+        ("learning rate", "5e-4"): False,
+    }  # as README says
 
 
-def test_the_older_ablations_are_whole():
-    """Those that notebook 4 reads until they are made anew."""
-    result = _recorded("ablations")
-    for row in result["table"]:
-        assert len(row["kid"]) == 3
-        assert row["mean"] == pytest.approx(statistics.mean(row["kid"]))
-        assert row["sd"] == pytest.approx(statistics.stdev(row["kid"]))
-    measured = {run[which] for run in result["runs"].values() for which in ("average", "last step")}
-    assert all(set(row["kid"]) <= measured for row in result["table"])
+def test_weightings_are_whole(module):
+    weightings, result = module("weightings"), _recorded("weightings")
+    assert list(result["weightings"]) == list(result["runs"]) == list(weightings.WEIGHTINGS)
+    assert result["ships"] == weightings.SHIPPED
+    seeds = min(len(runs) for runs in result["runs"].values())
+    assert seeds >= 4
+    assert f"{seeds} seeds" in result["setting"]
+    summary = weightings.summary(result["runs"], seeds)
+    assert _same_numbers({name: result[name] for name in summary}, summary)
+    for name, row in result["weightings"].items():
+        columns = (row[what] for what in ("KID", "first step, grey levels"))
+        for cell, found in zip(_row(README, name, 2), columns):
+            _says(cell, found["mean"], found["low"], found["high"])
+    assert all(d["low"] < 0 < d["high"] for d in result["KID above the one that ships"].values())
 
 
 def test_readme_has_the_speeds():
@@ -531,14 +697,18 @@ def test_readme_has_the_speeds():
 
 
 def test_readme_has_the_race():
+    """Steps are a column after the same minutes, and not after the same steps."""
     result = _recorded("time_to_quality")
-    for name, network in NETWORKS.items():
-        runs = list(result["runs"][network].values())
-        steps, *cells = _row(README, name, 7)
-        _says(steps, runs[0]["steps"])
-        for column, cell in zip(RACED, cells):
-            values = [run[column] for run in runs]
-            _says(cell, statistics.mean(values), statistics.stdev(values))
+    for race, extra in (("same minutes", 1), ("same steps", 0)):
+        runs = {_readme_name(name): found["0"] for name, found in result[race].items()}
+        for name, run in (runs | {"a perfect generator": result["perfect generator"]}).items():
+            cells = _row(README, name, 1 + len(RACED) + extra)
+            if extra and "steps" in run:
+                _says(cells[0], run["steps"])
+            distance, *rest = cells[extra:]
+            _says(distance, run["KID"], run["KID, low"], run["KID, high"])
+            for column, cell in zip(RACED, rest):
+                _says(cell, run[column])
 
 
 def test_recipe_3_is_as_near_to_a_real_slice_as_readme_says():
@@ -549,3 +719,140 @@ def test_recipe_3_is_as_near_to_a_real_slice_as_readme_says():
         for cell, recipe in zip(cells[1:], ("recipe 2", "recipe 3")):
             _says(cell, result[recipe][name]["mean"], result[recipe][name]["sd"])
         assert abs(row["z"]) < 1.5, name
+
+
+def test_the_networks_of_guidance_are_trained_and_gone_on_with(module, phantoms, tmp_path, monkeypatch):
+    guided = module("guided")
+    tiny = PROFILES["guided"].replace(
+        steps=20, batch_size=4, warmup=0, precision="fp32", image_size=16, base_channels=16,
+        channel_mult=(1, 2), attention_levels=(1,), T=50,
+    )  # fmt: skip
+    monkeypatch.setitem(guided.PROFILES, "guided", tiny)
+    monkeypatch.setattr(sys, "argv", ["guided.py", str(phantoms.root), str(tmp_path)])
+    with monkeypatch.context() as patched:
+        patched.setattr(guided, "read_tensors", lambda path: 1 / 0)  # killed before the halves are written
+        with pytest.raises(ZeroDivisionError):
+            guided.main()
+    guided.main()
+    found = {path.stem: read_header(path) for path in tmp_path.glob("*.safetensors")}
+    steps = {"guided-64": 20, "guided-64-early": 2, "guided-64-small": 2}
+    assert {name: header.card["steps"] for name, header in found.items()} == steps
+    assert {header.card["stored"] for header in found.values()} == {"float16"}
+    assert {header.card["data"] for header in found.values()} == {"phantoms: 2 cases, recipe 3, seed 0"}
+    widths = [found[name].settings["network"]["base_channels"] for name in steps]
+    assert widths == [16, 16, 8]
+    networks = [load_weights(tmp_path / f"{name}.safetensors") for name in ("guided-64", "guided-64-early")]
+    a, b = (torch.cat([p.flatten() for p in d.network.parameters()]) for d in networks)
+    assert (a - b).norm() > 0.01 * a.norm()  # the early one is early
+
+    early, ended = tmp_path / "guided-64-early.safetensors", tmp_path / "ended" / "guided-64.safetensors"
+    monkeypatch.setattr(sys, "argv", ["guided.py", str(phantoms.root), str(ended.parent), "3", str(early)])
+    guided.main()
+    header = read_header(ended)
+    assert header.card["began"]["steps"] == 2
+    assert header.training["steps"] == 3
+    c = torch.cat([p.flatten() for p in load_weights(ended).network.parameters()])
+    assert 0 < (c - b).norm() < 0.1 * b.norm()  # it went on from there
+
+
+# ---- obedience ----------------------------------------------------------------------------------
+
+
+def test_obedience_is_a_line_and_an_error(module):
+    found = module("obedience").obedience(
+        torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([1.0, 1.5, 2.0, 2.5])
+    )
+    assert found == pytest.approx({"r": 1.0, "slope": 0.5, "error": (1 + 0.5 + 0 + 0.5) / 4})
+    shuffled = module("obedience").obedience(torch.arange(4.0), torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    assert shuffled["r"] == pytest.approx(0, abs=1e-9)
+    assert shuffled["slope"] == pytest.approx(0, abs=1e-9)
+
+
+def test_spread_leaves_out_what_was_asked_for(module):
+    drawn = torch.Generator().manual_seed(0)
+    asked = torch.rand((400, 3), generator=drawn)
+    noise = torch.randn((400, 5), generator=drawn)
+    of_wish = 10 * asked[:, :1] - 20 * asked[:, :1] * asked[:, 1:2] + 7 * asked[:, 2:] ** 2
+    spread = module("obedience").spread
+    assert spread(noise + of_wish, asked) == pytest.approx(float(noise.var(0).mean()), rel=0.1)
+    assert spread(noise + of_wish, asked.flip(0)) > 5
+    assert spread(0.5 * noise + of_wish, asked) == pytest.approx(0.25 * spread(noise, asked))
+    found = module("obedience").recentred({"spread": 5.0, "spread, low": 4.0, "spread, high": 4.6})
+    assert found == {"spread": 5.0, "spread, low": 4.7, "spread, high": 5.3}
+
+
+def test_a_size_is_right_in_the_third_of_fresh_heads_asked_for(module):
+    obedience = module("obedience")
+    drawn = torch.Generator().manual_seed(0)
+    asked = torch.stack(
+        [torch.arange(90.0) % 32, torch.rand(90, generator=drawn), torch.arange(90.0) // 30], 1
+    )
+    shrunk = 1 + 0.2 * (asked - 1) + 0.001 * torch.rand(asked.shape, generator=drawn)  # a careful regression
+    found = obedience.summary(asked, shrunk, shrunk)["head"]
+    assert found["right"] == pytest.approx(1, abs=0.03)
+    assert found["error above fresh"] == 0
+    assert obedience.summary(asked, shrunk.flip(0), shrunk)["head"]["right"] < 0.4
+
+
+def test_the_measurer_reads_what_it_was_shown(module):
+    """Brightness of a patch is the wish: heads that were not shown are read as well, in a mirror too."""
+    obedience, drawn = module("obedience"), torch.Generator().manual_seed(0)
+    wanted = torch.rand((80, 3), generator=drawn, dtype=torch.double)
+    images = -torch.ones(80, 1, 64, 64)
+    images[:, :, 20:44, 8:56] = 0.1 * torch.randn((80, 1, 24, 48), generator=drawn)
+    images[:, :, 26:38, 24:40] += wanted[:, 0].float().reshape(-1, 1, 1, 1)
+    measurer = obedience.Measurer(load_segmenter(), images[:60], wanted[:60])
+    read = measurer(images[60:])
+    assert obedience.obedience(wanted[60:, 0], read[:, 0])["r"] > 0.8
+    assert abs(obedience.obedience(wanted[60:, 1], read[:, 1])["r"]) < 0.6  # it is not in the picture
+    torch.testing.assert_close(measurer(images[60:].flip(-2)), read)
+
+
+def test_obedience_is_recorded_whole_and_follows_from_what_was_measured(module):
+    obedience, recorded = module("obedience"), _recorded("obedience")
+    asked, *measured = (
+        torch.tensor([values[name] for name in obedience.FACTORS], dtype=torch.double).T
+        for values in (recorded["asked"], *(row["measured"] for row in recorded["rows"].values()))
+    )
+    assert len(asked) == obedience.COUNT
+    assert len(asked[:, 0].unique()) >= 20
+    assert len(asked[:, 1].unique()) >= 20
+    names = ["fresh heads", *(f"s = {s}" for s in obedience.SCALES)]
+    assert [*recorded["rows"]][: len(names)] == names
+    for row, found in zip(recorded["rows"].values(), measured):
+        for name, figures in obedience.summary(asked, found, measured[0]).items():
+            assert row[name] == pytest.approx(figures, abs=2e-3), name
+        assert row["KID, low"] <= row["KID"] <= row["KID, high"]
+        assert row["spread, low"] < row["spread"] < row["spread, high"]
+
+
+def test_the_guided_network_obeys_where_it_is_told_to():
+    rows = _recorded("obedience")["rows"]
+    for factor in ("height", "atrophy"):
+        assert abs(rows["s = 0"][factor]["r"]) < 0.3
+        assert rows["s = 1"][factor]["r, low"] > rows["s = 0"][factor]["r, high"]
+    assert rows["s = 4"]["atrophy"]["slope, low"] > rows["s = 1"]["atrophy"]["slope, high"]  # exaggerated
+    assert rows["s = 4"]["KID, low"] > rows["s = 1"]["KID, high"]  # the price
+
+
+@pytest.mark.parametrize("name", ["fresh heads", "s = 1", "s = 2", "s = 4", "s = 4, t = 200 … 700"])
+def test_readme_says_how_the_network_obeys(name):
+    row = _recorded("obedience")["rows"][name]
+    height, atrophy = row["height"], row["atrophy"]
+    wanted = [height["r"], height["error"], atrophy["r"], atrophy["slope"], row["KID"]]
+    for cell, value in zip(_row(README, name, 5), wanted):
+        _says(cell, value)
+
+
+def test_the_guided_networks_card_says_how_it_was_trained():
+    header, card = read_header(GUIDED), GUIDED.with_suffix(".md")
+    parameters = sum(p.numel() for p in load_weights(GUIDED).parameters())
+    assert f"{parameters:,} parameters" in _row(card, "network", 1)[0]
+    assert header.card["stored"] == "float16"
+    began, (steps,) = header.card["began"], _row(card, "steps", 1)
+    assert steps.startswith(f"{began['steps']:,} of 16 slices")
+    assert f"then {header.training['steps']:,} of 8 slices" in steps
+    assert f"then {header.card['seconds'] / 60:.0f} minutes" in _row(card, "time", 1)[0]
+    early = read_header(GUIDED.with_stem(f"{GUIDED.stem}-early"))
+    assert early.card["steps"] == began["steps"]
+    assert early.shapes == header.shapes
