@@ -1,7 +1,8 @@
 """``make test-processors``: the notebooks against their stored outputs, as other processors run them.
 
 Another processor, or another number of threads, adds in another order and rounds the last bits otherwise.
-PyTorch and oneDNN can be told to leave out instructions that this processor has and others have not.
+PyTorch and oneDNN can be told to leave out instructions that this processor has and others have not. As many
+notebooks run at once as there are processors for their threads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from notebook_tools import CELL_TIMEOUT, ROOT, all_notebooks
@@ -58,13 +61,15 @@ def run(notebook: Path, processor: str) -> tuple[str, bool]:
 
 def main() -> int:
     table, sound = {}, True
-    for processor in PROCESSORS:
+    for processor, environment in PROCESSORS.items():
         column = table[f"{processor} ({capability(processor)})"] = []
-        for notebook in all_notebooks():
-            field, passed = run(notebook, processor)
-            print(f"{processor}, {notebook.stem}: {field}", flush=True)
-            column.append(field)
-            sound &= passed
+        at_once = max((os.cpu_count() or 1) // int(environment["OMP_NUM_THREADS"]), 1)
+        with ThreadPoolExecutor(at_once) as pool:
+            found = pool.map(run, all_notebooks(), repeat(processor))
+            for notebook, (field, passed) in zip(all_notebooks(), found):
+                print(f"{processor}, {notebook.stem}: {field}", flush=True)
+                column.append(field)
+                sound &= passed
     print("\n| cells passed / failed | " + " | ".join(table) + " |\n" + "|---" * (len(table) + 1) + "|")
     for notebook, fields in zip(all_notebooks(), zip(*table.values())):
         print(f"| {notebook.stem} | " + " | ".join(fields) + " |")
