@@ -1,4 +1,4 @@
-"""The `full` profile on this machine: 128×128, 20 million parameters, for as many steps as are given.
+"""The `full` profile on this machine: 128×128, 23 million parameters, for as many steps as are given.
 
 ``python benchmarks/full.py ROOT [--steps 100]`` needs the large phantom set (``python -m oasis_helpers
 phantoms ROOT --cases 302 35 17``). The profile asks for far more steps; here its rate falls to zero over the

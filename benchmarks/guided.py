@@ -13,42 +13,28 @@ ship were made, on one CPU, since the time of the GPU was up.
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 import time
 from pathlib import Path
 
 import torch
+from half import halve
+from judge import described
+from runs import hardware
 from tqdm import tqdm
 
 from oasis_helpers.conditions import ConditionedSlices, load_conditioned
-from oasis_helpers.data import DataLocation, find_data
+from oasis_helpers.data import find_data
 from oasis_helpers.training import (
     PROFILES,
     TrainConfig,
     checkpoints,
     load_weights,
-    pick_device,
     read_header,
-    read_tensors,
-    save,
     save_weights,
     train,
     train_to,
 )
-
-
-def described(location: DataLocation) -> str:
-    """What the folder of the phantoms says of itself."""
-    plan = json.loads((location.root / "phantoms.json").read_text(encoding="utf-8"))
-    return f"phantoms: {plan['cases'][0]} cases, recipe {plan['recipe']}, seed {plan['seed']}"
-
-
-def hardware(device: torch.device) -> str:
-    """What it is trained on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{name}, torch {torch.__version__}"
 
 
 def trained(
@@ -67,9 +53,7 @@ def trained(
                 save_weights(early, state.ema.model, state.config, card | steps, half=True)
         if not resumed:
             card = card | {"seconds": round(time.perf_counter() - started, 1)}
-    tensors, header = read_tensors(whole)
-    card = header.card | card
-    save(path, tensors, header.kind, header.settings, training=header.training, card=card, half=True)
+    halve(whole, path, card)
     whole.unlink()
 
 
@@ -87,7 +71,7 @@ def main() -> None:
     if len(sys.argv) > 3:
         config = config.replace(steps=int(sys.argv[3]))
     data = load_conditioned(location, config.objective.image_size)
-    card = {"data": described(location), "hardware": hardware(pick_device())}
+    card = {"data": described(location), "hardware": f"{hardware()}, torch {torch.__version__}"}
     path = out / "guided-64.safetensors"
     if len(sys.argv) > 4:
         rest = config.replace(batch_size=8, lr=7e-4, warmup=50, ema_decay=0.998)

@@ -730,7 +730,7 @@ def test_the_networks_of_guidance_are_trained_and_gone_on_with(module, phantoms,
     monkeypatch.setitem(guided.PROFILES, "guided", tiny)
     monkeypatch.setattr(sys, "argv", ["guided.py", str(phantoms.root), str(tmp_path)])
     with monkeypatch.context() as patched:
-        patched.setattr(guided, "read_tensors", lambda path: 1 / 0)  # killed before the halves are written
+        patched.setattr(guided, "halve", lambda *args: 1 / 0)  # killed before the halves are written
         with pytest.raises(ZeroDivisionError):
             guided.main()
     guided.main()

@@ -123,7 +123,7 @@ PROFILES = {
         warmup=100,
         precision="auto",
     ),
-    # a GPU's worth: 128×128, about 20 million parameters
+    # a GPU's worth: 128×128, 23 million parameters
     "full": TrainConfig(
         Denoising(schedule="shifted cosine", min_snr_gamma=5.0, snr_offset=1.0),
         steps=200_000,
