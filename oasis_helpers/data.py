@@ -283,16 +283,20 @@ def to_unit_range(slices: Tensor) -> Tensor:
 # ---- where the data is ----------------------------------------------------------------------
 
 
-def find_data(root: str | Path | None = None) -> DataLocation:
+def find_data(root: str | Path | None = None, *, whole_cases: bool = False) -> DataLocation:
     """The data to use: ``root``, else ``$OASIS_ROOT``, else the phantoms (made on first use).
 
     ``root`` may be the folder with the six split folders, the extra top folder around it, or
     one of the split folders. Raises ``FileNotFoundError`` or ``NotADirectoryError`` if what
-    was asked for is not there: phantoms never stand in silently for data you named.
+    was asked for is not there: phantoms never stand in silently for data you named; and with
+    ``whole_cases`` ``ValueError`` if there is but one slice of each case.
     """
     chosen = root or os.environ.get("OASIS_ROOT")
     if chosen:
-        return locate(Path(chosen).expanduser())
+        location = locate(Path(chosen).expanduser())
+        if whole_cases:
+            location.needs_whole_cases()
+        return location
     from .intake.phantoms import make_phantoms, phantom_cache
 
     return make_phantoms(phantom_cache())

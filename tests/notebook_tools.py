@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -24,6 +25,8 @@ import numpy as np
 from nbclient import NotebookClient
 from PIL import Image
 from scipy.ndimage import grey_closing, uniform_filter
+
+from oasis_helpers.widgets import DRIVE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -115,6 +118,62 @@ def pictures(outputs: list) -> list[str]:
     return [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
 
 
+# ---- how long a notebook is -----------------------------------------------------------------
+
+WORDS_A_MINUTE, LINES_A_MINUTE = 100, 8  # of prose that teaches, and of code that is read and run
+BESIDE = ("Exercises", "References", "Appendix")  # sections that are not the main path
+_HEADING = re.compile(r"^## (.+?)(?: · (\d+) min)?$", re.M)
+
+
+@dataclass
+class Section:
+    """A part of a notebook under a heading of the second order: how much there is to read."""
+
+    heading: str
+    words: int = 0
+    lines: int = 0
+
+    @property
+    def minutes(self) -> int:
+        return max(1, round(self.words / WORDS_A_MINUTE + self.lines / LINES_A_MINUTE))
+
+    @property
+    def main(self) -> bool:
+        return not self.heading.startswith(BESIDE)
+
+
+def sections(notebook) -> list[Section]:
+    """The sections in order; what stands before the first heading has the name "start"."""
+    found = [Section("start")]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            found[-1].lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+            continue
+        before, *parts = _HEADING.split(cell.source)
+        found[-1].words += len(before.split())
+        for heading, _, body in zip(parts[::3], parts[1::3], parts[2::3]):
+            found.append(Section(heading))
+            found[-1].words += len(body.split())
+    return found
+
+
+def _write_minutes(notebook) -> None:
+    """Headings that tell minutes tell how many the section takes; "**N minutes**" is the main path's sum."""
+    told = {section.heading: section.minutes for section in sections(notebook)}
+    whole = sum(section.minutes for section in sections(notebook) if section.main)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = _HEADING.sub(
+                lambda found: f"## {found[1]} · {told[found[1]]} min" if found[2] else found[0], cell.source
+            )
+    if notebook.cells:
+        first = notebook.cells[0]
+        first.source = re.sub(r"\*\*\d+ minutes\*\*", f"**{whole} minutes**", first.source)
+
+
+# ---- one form for what is stored ---------------------------------------------------------------
+
+
 def _merge_streams(outputs: list) -> list:
     merged = []
     for output in outputs:
@@ -130,7 +189,7 @@ def _merge_streams(outputs: list) -> list:
 
 
 def normalise(notebook, previous=None):
-    """Drop what changes from run to run: widget state, model ids, timing, versions, cell ids.
+    """Drop what changes from run to run: widget state, model ids, timing, versions, cell ids. Tell minutes.
 
     A picture that equals the previous one within the tolerances keeps the previous bytes.
     """
@@ -140,6 +199,7 @@ def normalise(notebook, previous=None):
             "language_info": {"name": "python"},
         }
     )
+    _write_minutes(notebook)
     count = 0
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:03d}"
@@ -166,12 +226,14 @@ def normalise(notebook, previous=None):
 
 
 def kernel_environment() -> dict[str, str]:
-    """Environment of a notebook under test: one thread unless more are asked for, phantoms, no network."""
+    """Environment of a notebook under test: one thread unless more are asked for, controls are moved before
+    they are shown, phantoms, no network."""
     env = {k: v for k, v in os.environ.items() if k != "OASIS_ROOT"}
     return env | {
         "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "OASIS_TEST": "1",
+        DRIVE: "1",
+        "OASIS_TEST": "1",  # read by notebooks 5, 5b and 7, until they leave their threads to this, too
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -189,6 +251,11 @@ def execute(path: Path) -> float:
     )
     client.execute(env=kernel_environment())
     seconds = time.perf_counter() - started
+    for number, cell in enumerate(notebook.cells):
+        expected = "raises-exception" in cell.metadata.get("tags", [])
+        for output in cell.get("outputs", []):
+            if output.output_type == "error" and not expected:  # of what is shown: it stops no cell
+                raise RuntimeError(f"{path.name}, cell {number}: {output.ename}: {output.evalue}")
     text = nbformat.writes(normalise(notebook, previous)) + "\n"
     if text != path.read_text(encoding="utf-8"):
         path.write_text(text, encoding="utf-8")

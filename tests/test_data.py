@@ -327,13 +327,12 @@ def test_a_case_in_two_splits(copy):
 
 
 def test_a_set_with_one_slice_a_case(copy):
-    location = find_data(copy)
-    location.needs_whole_cases()
+    location = find_data(copy, whole_cases=True)
     for path in copy.rglob("*.png"):
         if "_slice_0" not in path.name:
             path.unlink()
     with pytest.raises(ValueError, match="one slice a case"):
-        location.needs_whole_cases()
+        find_data(copy, whole_cases=True)
     assert len(load_slices(location.train, 16, cases=1)) == 2  # as many slices as a whole case, if there are
 
 

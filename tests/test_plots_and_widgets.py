@@ -7,12 +7,13 @@ import pytest
 import torch
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from oasis_helpers import plots
 from oasis_helpers.diffusion import NoiseSchedule
 from oasis_helpers.sampling import SampleState
-from oasis_helpers.widgets import Live, Screen
+from oasis_helpers.widgets import DRIVE, Live, Screen
 
 
 def _decoded(png):
@@ -35,6 +36,70 @@ def test_upright_puts_anterior_up():
     assert plots.upright(torch.tensor([[0, 3], [1, 2]])).max() == 3
     with pytest.raises(ValueError, match="one slice"):
         plots.upright(torch.zeros(2, 1, 4, 4))
+
+
+def _blocks(pixels, times):
+    """Least and greatest of each block of ``times``×``times`` pixels, (2, rows, columns)."""
+    grey = pixels[..., 0]
+    parts = grey.reshape(grey.shape[0] // times, times, grey.shape[1] // times, times)
+    return np.stack([parts.min((1, 3)), parts.max((1, 3))])
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "times"), [(64, 1.25, 3), (32, 1.25, 6), (208, 1.1, 1), (8, 1.25, 25)]
+)
+def test_a_pixel_of_a_slice_is_a_whole_number_of_pixels(side, size, times):
+    slices = torch.rand(3, 1, side, side, generator=torch.Generator().manual_seed(0)) * 1.3 - 1
+    pixels = _pixels(plots.grid(slices, 2, ["a", "b", "c"], size))
+    across, high = times * side + plots.GAP, times * side
+    for index, (row, column) in enumerate(((0, 0), (0, 1), (1, 0))):
+        top, left = plots.LINE + row * (high + plots.LINE + plots.GAP), column * across + plots.GAP // 2
+        least, most = _blocks(pixels[top : top + high, left : left + high], times)
+        assert np.array_equal(least, most)
+        low, up = plots.BRAIN
+        wanted = (np.rot90(slices[index, 0].numpy(), 1)[:, ::-1] - low) / (up - low) * 255
+        assert abs(least - wanted).max() < 2.5  # of 255: what rounding to the map of greys leaves
+
+
+def test_the_window_opens_from_the_brain_to_the_noise():
+    assert plots.window(0) == plots.BRAIN
+    assert plots.window(1) == pytest.approx((-3, 3))
+    schedule = NoiseSchedule.cosine(10)
+    assert plots.window_at(schedule, -1) == plots.BRAIN
+    assert plots.window_at(schedule, 5) == plots.window(float(schedule.noise[5]))
+    slices = torch.zeros(2, 1, 8, 8)
+    axes = plots.grid(slices, window=[plots.WHOLE, (-3, 3)]).axes
+    assert [axis.images[0].get_clim() for axis in axes] == [(-1, 1), (-3, 3)]
+    with pytest.raises(ValueError, match="2 pictures have 1 windows"):
+        plots.grid(slices, window=[plots.WHOLE])
+    stored, same = (
+        plots.grid([image]).axes[0].images[0].get_array()
+        for image in (np.full((8, 8), 51, np.uint8), torch.full((1, 8, 8), 51 / 127.5 - 1))
+    )
+    assert np.allclose(stored, same)
+
+
+def test_no_word_of_a_picture_is_smaller_than_eleven_points():
+    x0 = torch.zeros(1, 8, 8)
+    rows = {"a": {"KID": 0.1, "FID": 1.0}}
+    parts = dict.fromkeys(("ventricles", "CSF", "grey", "symmetry"), torch.tensor([0.1, 0.2]))
+    figures = [
+        plots.grid([x0], titles=["a"], title="b"),
+        plots.lines({"a": ([0, 1], [0, 1]), "b": ([0], [1])}, "x", "y", title="t"),
+        plots.bars({"a": 1.0}, "y"),
+        plots.histograms({"a": np.arange(3), "b": np.arange(3)}, "x"),
+        plots.heatmap({"a": np.eye(2), "b": np.eye(2)}, "x", "y", title="t"),
+        plots.intervals({"a": {"b": ([1.0, 2.0], 1, 2)}}, "x"),
+        plots.slice_panel(x0, torch.ones(8, 8).long(), "a"),
+        plots.noising_panel(x0, x0, NoiseSchedule.cosine(50), 3, "cosine"),
+        plots.progress_panel([1], [1.0], [x0], 1, 2),
+        plots.evaluation_panel(rows, {"a": parts}, [x0], [(x0, x0)], "weights"),
+    ]
+    for figure in figures:
+        plots.png(figure)
+        words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert words
+        assert min(text.get_fontsize() for text in words) >= 11, {t.get_text() for t in words}
 
 
 @pytest.mark.parametrize("t", [0, 25, 49])
@@ -119,12 +184,13 @@ def test_heatmaps_show_their_data_on_one_scale():
 @pytest.mark.parametrize("kind", [torch.uint8, torch.long])
 def test_a_mask_is_drawn_by_its_class_ids(kind):
     image, mask = torch.zeros(1, 8, 8), torch.tensor([[0, 1, 2, 3]] * 4).repeat(2, 2)
-    left, right = plots.slice_panel(image, mask.to(kind)).axes
+    figure = plots.slice_panel(image, mask.to(kind))
+    left, right = figure.axes
     drawn = right.images[1]
     assert np.array_equal(drawn.get_array().filled(0), np.rot90(mask.numpy(), 1)[:, ::-1])
     colours = [to_hex(colour).upper() for colour in drawn.cmap(drawn.norm(np.array([1, 2, 3])))]
     assert colours == list(plots.TISSUE_COLOURS.values())
-    legend = zip(right.get_legend().get_texts(), right.lines, strict=True)
+    legend = zip(figure.legends[0].get_texts(), right.lines, strict=True)
     assert {text.get_text(): line.get_color() for text, line in legend} == {
         plots.TISSUE_NAMES[tissue]: colour for tissue, colour in plots.TISSUE_COLOURS.items()
     }
@@ -134,15 +200,27 @@ def test_a_mask_is_drawn_by_its_class_ids(kind):
 
 def test_a_grid_leaves_its_last_places_empty():
     few = plots.grid([torch.zeros(1, 8, 8)] * 5, columns=4, titles=["a"] * 5, title="all")
-    assert [len(axis.images) for axis in few.axes] == [1] * 5 + [0] * 3
-    assert few.get_suptitle() == "all"
+    assert [len(axis.images) for axis in few.axes] == [1] * 5
+    places = [tuple(np.round(axis.get_position().p0, 3)) for axis in few.axes]
+    assert len({left for left, _ in places}) == 4
+    assert places[4][0] == places[0][0]
+    assert places[4][1] < places[0][1]
+    assert [text.get_text() for text in few.texts] == ["all", *"aaaaa"]
 
 
 def test_a_step_shows_the_sample_and_the_guess():
     state = SampleState(3, -1, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
     figure = plots.step_panel(state, 10)
-    assert [axis.images[0].get_array().mean() for axis in figure.axes] == [0.5, 1]
-    assert figure.get_suptitle() == "step from t = 3 of T = 10 · synthetic – not for diagnosis"
+    assert [axis.images[0].get_array().mean() for axis in figure.axes] == [0, 1]
+    words = (
+        "step from t = 3 of T = 10\nsynthetic – not for diagnosis",
+        "the sample",
+        "estimate of x₀ at t = 3",
+    )
+    assert tuple(text.get_text() for text in figure.texts) == words
+    state = SampleState(9, 8, torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8))
+    windows = [axis.images[0].get_clim() for axis in plots.step_panel(state, 9).axes]
+    assert windows == [(-3, 3), plots.BRAIN]
 
 
 def test_a_report_shows_all_it_is_given():
@@ -154,13 +232,18 @@ def test_a_report_shows_all_it_is_given():
     anatomy = {name: dict.fromkeys(parts, torch.tensor([0.1, 0.2, float("nan")])) for name in sets}
     pairs = [(torch.full((1, 8, 8), -1.0), torch.full((1, 8, 8), 1.0))] * 8
     figure = plots.evaluation_panel(rows, anatomy, [torch.zeros(1, 8, 8)] * 20, pairs, "weights")
-    assert figure.get_suptitle() == "weights\nsynthetic – not for diagnosis"
+    assert figure.texts[0].get_text() == "weights\nsynthetic – not for diagnosis"
     samples, nearest, kid, bodies = figure.axes[:16], figure.axes[16:32], figure.axes[32], figure.axes[33:37]
     assert [label.get_text() for label in kid.get_yticklabels()] == list(rows)
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in kid.lines[:-1]]
     assert drawn == [([0.05, 0.2], [0, 0]), ([0.1234], [0]), ([11.0], [1])]  # no interval, no line
     shades = [[float(axis.images[0].get_array().mean()) for axis in part] for part in (samples, nearest)]
-    assert shades == [[0.5] * 16, [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4]  # each above its training slice
+    assert shades == [[0] * 16, [-1, 1] * 8]
+    places = [tuple(np.round(axis.get_position().p0, 4)) for axis in nearest]
+    for (left, above), (below_it, below) in zip(places[::2], places[1::2]):
+        assert left == below_it
+        assert above > below  # each above its training slice
+    assert len(set(places)) == 16
     assert [axis.get_xlabel() for axis in bodies] == list(parts)
     for axis in bodies:
         looks = [(patch.get_edgecolor(), patch.get_linestyle()) for patch in axis.patches]
@@ -180,7 +263,8 @@ def test_a_report_with_undefined_figures_is_drawn_and_names_every_set():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure = plots.evaluation_panel({"generated": {"KID": 0.1}}, anatomy, [], [], "weights")
-    assert [text.get_text() for text in figure.axes[36].get_legend().get_texts()] == ["real", "generated"]
+    (legend,) = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["real", "generated"]
 
 
 def test_show_carries_its_text(monkeypatch):
@@ -194,7 +278,7 @@ def test_show_carries_its_text(monkeypatch):
 
 
 def test_film_strip_holds_every_frame():
-    frames = [plots.png(plots.bars({"a": float(v)}, "y"), dpi=20) for v in (1, 2, 3)]
+    frames = [plots.png(plots.bars({"a": float(v)}, "y", size=(2, 1.5))) for v in (1, 2, 3)]
     first, second, third = (_decoded(frame) for frame in frames)
     wanted = np.vstack([np.hstack([first, second]), np.hstack([third, np.full_like(third, 255)])])
     strip = _decoded(plots.film_strip(frames, 2))
@@ -270,12 +354,21 @@ def test_an_error_at_one_end_is_raised():
         _live(draw).check()
 
 
+def test_a_control_under_test_is_driven_when_it_is_shown(monkeypatch):
+    monkeypatch.delenv(DRIVE, raising=False)
+    stuck = _live(lambda t: _draw(t % 10))  # the same picture at 0 and at 10
+    assert stuck._repr_mimebundle_()[0]["image/png"]  # a reader moves it himself
+    monkeypatch.setenv(DRIVE, "1")
+    with pytest.raises(AssertionError, match="'t': 3 positions gave 2"):
+        stuck._repr_mimebundle_()
+
+
 def test_without_a_kernel_the_film_strip_stands_in():
     live = _live()
     bundle, metadata = live._repr_mimebundle_()
     assert bundle["text/plain"] == metadata["image/png"]["alt"] == "a number that follows the slider"
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert Image.open(io.BytesIO(bundle["image/png"])).width == 160
+    assert Image.open(io.BytesIO(bundle["image/png"])).width == 2 * plots.DPI
     assert repr(live) == "Live(t=2)"
 
 
