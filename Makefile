@@ -74,7 +74,7 @@ quality: heads ## train the weights that ship and measure everything that takes 
 	$(PY) benchmarks/realism.py
 	$(PY) benchmarks/segmenter.py $(LARGE)
 	$(PY) benchmarks/minutes.py $(LARGE) runs/minutes
-	cp runs/minutes/laptop-20-minutes.safetensors oasis_helpers/weights/phantoms-64.safetensors
+	cp runs/minutes/laptop-60-minutes.safetensors oasis_helpers/weights/phantoms-64.safetensors
 	$(PY) benchmarks/weightings.py $(LARGE) runs/weightings
 	$(PY) benchmarks/time_to_quality.py $(LARGE)
 	$(PY) benchmarks/samplers.py $(LARGE)

@@ -64,9 +64,10 @@ def weights_rows() -> dict[str, list[str]]:
     rows = {
         "steps": [f"{steps:,} of {batch} slices, in {header.training['precision']}"],
         "time": [
-            f"{longest} minutes' worth of steps: {minutes['steps per second']:.2f} a second, measured on two "
-            "idle cores before the run; the run itself used one thread beside other work"
+            f"{longest} minutes' worth of steps on two cores: {minutes['steps per second']:.2f} a second, "
+            "measured while nothing else ran"
         ],
+        "hardware": [f"the run itself: {header.card['trained on']}, TF32 in the convolutions"],
         "the same profile for " + ", ".join(f"{m} minute{'s' * (m != '1')}" for m in shorter): [
             ", ".join(f"{minutes['runs'][m]['KID']:.3f}" for m in shorter)
         ],

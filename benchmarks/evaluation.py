@@ -104,7 +104,7 @@ def main() -> None:
             figure = plots.evaluation_panel(
                 {name: rows[name]} | controls, found.anatomy, list(images[:16]), found.pairs, setting
             )
-            PICTURE.write_bytes(plots.png(figure, dpi=90))
+            PICTURE.write_bytes(plots.png(figure))
     result = {
         "machine": machine(),
         "setting": setting,

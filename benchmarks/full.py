@@ -63,7 +63,7 @@ def main() -> None:
         samples = draw(config.objective.denoiser(state.ema.model))
         result |= {"judged": SETTING} | judge_of(args.root).figures(samples)
         title = f"the full profile after {args.steps:,} steps, 128×128 · synthetic – not for diagnosis"
-        PICTURE.write_bytes(plots.png(plots.grid(list(samples[:16]), columns=8, title=title), dpi=100))
+        PICTURE.write_bytes(plots.png(plots.grid(list(samples[:16]), columns=8, title=title)))
     print(json.dumps(result, indent=1))
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

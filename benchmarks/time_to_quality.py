@@ -239,8 +239,11 @@ def main() -> None:
     print(found["machine"], "·", found["setting"])
     for race in RACES:
         print("", *table(found, race), sep="\n")
+    if not SAMPLED.exists():
+        print(f"{PICTURE.name} is not drawn anew: the samples of seed 0 are not here.")
+        return
     best = sorted(makers, key=lambda name: races[MINUTES][name]["0"]["KID"])
-    PICTURE.write_bytes(plots.png(picture(args.minutes, best), dpi=100))
+    PICTURE.write_bytes(plots.png(picture(args.minutes, best)))
 
 
 if __name__ == "__main__":
