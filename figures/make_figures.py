@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diagrams
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -80,13 +81,15 @@ def prompts() -> Figure:
 
 def main() -> None:
     torch.set_num_threads(1)
-    (HERE / "prompts.png").write_bytes(plots.png(prompts(), dpi=100))
+    for name in diagrams.DIAGRAMS:
+        print(f"figures/{diagrams.save(name).name}")
+    (HERE / "prompts.png").write_bytes(plots.png(prompts()))
     print("figures/prompts.png")
-    (HERE / "phantoms.png").write_bytes(plots.png(phantoms(), dpi=100))
+    (HERE / "phantoms.png").write_bytes(plots.png(phantoms()))
     print("figures/phantoms.png")
     denoise = clipped(load_weights())
     for name, draw in (("contact_sheet", contact_sheet), ("trajectory", trajectory)):
-        (HERE / f"{name}.png").write_bytes(plots.png(draw(denoise), dpi=100))
+        (HERE / f"{name}.png").write_bytes(plots.png(draw(denoise)))
         print(f"figures/{name}.png")
 
 

@@ -198,6 +198,8 @@ def _sample(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png.")
+    if args.number is None:
+        args.number = 16 if args.prompt is None else 1
     title, columns = "synthetic – not for diagnosis", min(8, args.number)
     if args.prompt is None:
         denoise = _denoiser(args)
@@ -241,7 +243,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     report = {"setting": setting, "notes": notes, "rows": found.rows}
     table.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     figure = plots.evaluation_panel(found.rows, found.anatomy, list(images[:16]), found.pairs, setting)
-    picture.write_bytes(plots.png(figure, dpi=100))
+    picture.write_bytes(plots.png(figure))
     for name, row in found.rows.items():
         print(f"{name:<17} KID {row['KID']:8.3f}   95 %: {row['KID, low']:.3f} to {row['KID, high']:.3f}")
     for note in notes:
@@ -321,7 +323,7 @@ def _add_network_commands(commands) -> None:
     p = commands.add_parser("sample", help="draw slices from weights into one picture")
     p.add_argument("--weights", help="file of weights (default: those that ship)")
     p.add_argument("--out", default="samples.png", help="PNG to write (default: %(default)s)")
-    p.add_argument("--number", type=int, default=16, help="how many samples to draw (default: %(default)s)")
+    p.add_argument("--number", type=int, help="how many samples to draw (default: 16, for a prompt 1)")
     p.add_argument("--prompt", help="heads of 256×256 for a phrase, as 'marked atrophy, thin scalp'")
     p.add_argument(
         "--guidance",
@@ -356,11 +358,11 @@ def _add_drawing(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--method",
         choices=("ddpm", "ddim", "dpm_solver", "heun"),
-        default="ddim",
+        default="dpm_solver",
         help="sampler (default: %(default)s)",
     )
     p.add_argument(
-        "--steps", type=int, default=50, help="not for ddpm, which takes all (default: %(default)s)"
+        "--steps", type=int, default=20, help="not for ddpm, which takes all (default: %(default)s)"
     )
     p.add_argument("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
 

@@ -20,6 +20,7 @@ from oasis_helpers.data import load_slices, to_unit_range
 from oasis_helpers.evaluation import SEGMENTER
 from oasis_helpers.layout import DataLocation
 from oasis_helpers.prompts import LENGTH, VOCABULARY, tokenize
+from oasis_helpers.sampling import sample_images
 from oasis_helpers.seeds import generator
 from oasis_helpers.training import (
     PROFILES,
@@ -306,3 +307,31 @@ def test_a_run_does_not_go_on_with_another_autoencoder(latents, tmp_path):
 def test_the_file_that_ships_has_its_name():
     assert AUTOENCODER.parent == WEIGHTS.parent
     assert isinstance(PROFILES["autoencoder"].make_network(), Autoencoder)
+
+
+def test_the_latent_model_under_the_schedulers_of_diffusers_makes_our_samples():
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+    denoise, _ = load_stable_diffusion()
+    start = torch.randn((1, *denoise.shape), generator=torch.Generator().manual_seed(0))
+    y, steps = {"prompt": tokenize("marked atrophy, lateral ventricles")}, 4
+    how = {
+        "trained_betas": denoise.schedule.betas.numpy(),
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    zero = {"final_sigmas_type": "zero"}
+    schedulers = {
+        DDIMScheduler(**how, clip_sample=False): "ddim",
+        DPMSolverMultistepScheduler(**how, **zero): "dpm_solver",
+        # UniPC's predictor of first order is a step of DDIM: Zhao et al. 2023, section 3.4
+        UniPCMultistepScheduler(**how, **zero, solver_order=1, disable_corrector=list(range(steps))): "ddim",
+    }
+    for scheduler, method in schedulers.items():
+        scheduler.set_timesteps(steps)
+        x = start.clone()
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                x = scheduler.step(denoise.network(x, t.expand(1), y), t, x).prev_sample
+        ours = sample_images(denoise, 1, method=method, steps=steps, start=(start, 999), y=y)
+        assert torch.allclose(x, ours, atol=1e-4), type(scheduler).__name__
