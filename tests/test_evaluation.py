@@ -722,7 +722,8 @@ def test_the_command_writes_a_report_and_overwrites_none(command, tmp_path, caps
     assert sorted(out.parent.iterdir()) == [table, picture]
     report = json.loads(table.read_text(encoding="utf-8"), parse_constant=_not_json)
     assert report["setting"] == (
-        "small.safetensors: 100 samples, ddim, 2 steps, seed 0; OASIS, 0 cases; compared with 60 other heads"
+        "small.safetensors: 100 samples, dpm_solver, 2 steps, seed 0; OASIS, 0 cases; "
+        "compared with 60 other heads"
     )
     assert list(report["rows"]) == ROWS
     assert report["rows"]["generated"]["FID"] is None
@@ -736,7 +737,7 @@ def test_the_command_writes_a_report_and_overwrites_none(command, tmp_path, caps
         f"note: {note}" for note in report["notes"]
     ]
     assert f"generated         KID {report['rows']['generated']['KID']:8.3f}" in printed.out
-    assert Image.open(picture).size == (1100, 1050)
+    assert Image.open(picture).size == (1870, 2150)
     before = table.read_bytes(), picture.read_bytes()
     assert command_line.main([*command, "--out", str(out)]) == 1
     assert "nothing is overwritten" in capsys.readouterr().err
