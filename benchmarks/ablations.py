@@ -1,6 +1,6 @@
 """What each choice in training is worth: one change at a time, five seeds.
 
-``python benchmarks/ablations.py`` trains 110 small networks (an hour or two on two cores), prints the
+``python benchmarks/ablations.py`` trains 110 small networks (about two hours on two cores), prints the
 table and stores it; started again it goes on where it stopped. All networks learn from the default phantoms
 at 32×32 (one at 64×64) and, but for the batches of the same time, see the same number of images. They are
 judged as ``judge.py`` says, but by 256 samples; real heads and samples alike have 32×32 pixels and are

@@ -1,13 +1,12 @@
 """Does Stable Diffusion in miniature do what a prompt says? Every slot of the grammar, asked for and read.
 
 ``python benchmarks/prompts.py ROOT OUT`` needs the large phantom set (``python -m oasis_helpers phantoms ROOT
---cases 302 35 17``); the reader of ``reader.py`` is trained into the folder OUT the first time. A minute on a
-GPU, hours on two cores. 300 unseen slices say what is asked for: each slot alone, by its word and by its
+--cases 302 35 17``); the reader of ``reader.py`` is trained into the folder OUT the first time. Two minutes
+on a GPU, hours on two cores. 300 unseen slices say what is asked for: each slot alone, by its word and by its
 number, and all that is true of the slice together. What comes is read, and beside it stands what the reader
 reads off the very slices, after the autoencoder, which is what a perfect generator of latents would reach.
 Guidance has its price: the KID of the samples that were told everything, by the features of ``judge.py`` at
-64×64 and by the reader's at 128×128. Prints and stores the tables and draws
-``figures/obedience_prompts.png``.
+64×64 and by the reader's at 128×128. Prints and stores the tables.
 """
 
 from __future__ import annotations
@@ -25,34 +24,36 @@ from reader import Reader, load_reader, reconstructed, unseen_heads
 from runs import DEVICE
 from torch import Tensor
 
-from oasis_helpers import plots
 from oasis_helpers.autoencoder import load_stable_diffusion
-from oasis_helpers.data import load_factors, read_slices, to_unit_range
+from oasis_helpers.data import Slices, load_factors, read_slices, to_unit_range
 from oasis_helpers.evaluation import bootstrap, kid, kid_of
 from oasis_helpers.phantoms import fresh_heads
 from oasis_helpers.prompts import OPENERS, SLOTS, Slot, tokenize, truths
 from oasis_helpers.sampling import guided, sample_images
 
 RESULT = Path(__file__).with_name("prompts.json")
-PICTURE = Path(__file__).parents[1] / "figures" / "obedience_prompts.png"
-SCALES, TOGETHER = (1, 2, 3, 4), "all that is true"
+SCALES = (1, 2, 3, 4)
 BATCH, ROUNDS = 100, 400
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
 
 
-def words_at(slot: Slot, values: Tensor) -> Tensor:
-    """The place of the word nearest to each value, (N,), and −1 for values between two words."""
+def _beyond(slot: Slot, values: Tensor) -> Tensor:
+    """How far each value, (N,), lies outside the range of each word, negative inside: (N, words)."""
     low, high = torch.tensor(list(slot.words.values()), dtype=values.dtype).T
-    away = torch.maximum(low - values[:, None], values[:, None] - high).clamp(min=0)
-    return torch.where(away.amin(1) == 0, away.argmin(1), -1)
+    return torch.maximum(low - values[:, None], values[:, None] - high)
+
+
+def words_at(slot: Slot, values: Tensor) -> Tensor:
+    """The place of the word that is true of each value, (N,), and −1 for values between two words."""
+    beyond, place = _beyond(slot, values).min(1)
+    return torch.where(beyond <= 0, place, -1)
 
 
 def nearest_words(slot: Slot, values: Tensor) -> Tensor:
     """The place of the word whose range is nearest to each value, (N,)."""
-    low, high = torch.tensor(list(slot.words.values()), dtype=values.dtype).T
-    return torch.maximum(low - values[:, None], values[:, None] - high).argmin(1)
+    return _beyond(slot, values).argmin(1)
 
 
 def nearest_numbers(slot: Slot, values: Tensor) -> Tensor:
@@ -121,19 +122,30 @@ def by_number(asked: Tensor, read: Tensor, cases: list[int]) -> dict[str, float]
     return with_intervals(lambda rows: obedience(asked[rows], read[rows]), cases)
 
 
+def wishes(slot: Slot, truth: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What can be asked of a slot by "word" and by "number": in which rows, (N,) bool, and what, (N,)."""
+    word = words_at(slot, truth)
+    found = {"word": (word >= 0, word)}
+    if slot.numbers:
+        number = nearest_numbers(slot, truth)
+        found["number"] = number.isfinite(), number
+    return found
+
+
+def compared(kind: str, slot: Slot, asked: Tensor, read: Tensor, cases: list[int]) -> dict[str, float]:
+    """What came of wishes of one kind."""
+    return by_word(slot, asked, read, cases) if kind == "word" else by_number(asked, read, cases)
+
+
 def summary(known: Tensor, read: Tensor, cases: Tensor) -> dict[str, dict[str, dict]]:
     """Slot → "word" and "number" → what was found, of images read as (N, 6) that ``known`` was asked of."""
     found = {}
     for place, slot in enumerate(SLOTS):
-        truth, seen = known[:, place].double(), read[:, place].double()
-        word, number, row = words_at(slot, truth), None, {}
-        rows = word >= 0
-        row["word"] = by_word(slot, word[rows], seen[rows], cases[rows].tolist())
-        if slot.numbers:
-            number = nearest_numbers(slot, truth)
-            rows = number.isfinite()
-            row["number"] = by_number(number[rows], seen[rows], cases[rows].tolist())
-        found[slot.name] = row
+        seen = read[:, place].double()
+        found[slot.name] = {
+            kind: compared(kind, slot, asked[rows], seen[rows], cases[rows].tolist())
+            for kind, (rows, asked) in wishes(slot, known[:, place].double()).items()
+        }
     return found
 
 
@@ -142,21 +154,10 @@ def alone(known: Tensor, cases: Tensor, read: Callable[[list[str]], Tensor]) -> 
     found = {}
     for place, slot in enumerate(SLOTS):
         truth, found[slot.name] = known[:, place].double(), {}
-        for kind, wanted in (("word", words_at(slot, truth)), ("number", None)):
-            if kind == "number" and not slot.numbers:
-                continue
-            wanted = nearest_numbers(slot, truth) if wanted is None else wanted
-            rows = wanted.isfinite() if kind == "number" else wanted >= 0
-            texts = [said(slot, t, kind == "number") for t in truth[rows].tolist()]
-            seen, of = (
-                read([f"{OPENERS[0]}, {text}" for text in texts])[:, place].double(),
-                cases[rows].tolist(),
-            )
-            found[slot.name][kind] = (
-                by_number(wanted[rows], seen, of)
-                if kind == "number"
-                else by_word(slot, wanted[rows], seen, of)
-            )
+        for kind, (rows, asked) in wishes(slot, truth).items():
+            texts = [f"{OPENERS[0]}, {said(slot, t, kind == 'number')}" for t in truth[rows].tolist()]
+            seen = read(texts)[:, place].double()
+            found[slot.name][kind] = compared(kind, slot, asked[rows], seen, cases[rows].tolist())
     return found
 
 
@@ -185,28 +186,14 @@ class Distances:
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def asked_slices(heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Two slices of each unseen head, in [−1, 1], what is true of them, and their heads."""
+def asked_slices() -> tuple[Slices, Tensor]:
+    """Two slices of each unseen head, with masks, and what is true of them."""
     location = unseen_heads()
-    found = read_slices(location.test, 256)
-    order = {case: row for row, case in enumerate(found.case.unique().tolist())}
-    head = torch.tensor([order[case] for case in found.case.tolist()])
+    found = read_slices(location.test, 256, masks=True)
+    head = found.case.unique(return_inverse=True)[1]
     rows = (found.plane - 7 * head) % 16 == 0
-    if heads is not None:
-        rows &= head < heads
-    known = truths(load_factors(location), found.case[rows], found.plane[rows])
-    return to_unit_range(found.images[rows]), known, found.case[rows]
-
-
-def picture(rows: dict[str, dict]):
-    """Shares of words that are right and slopes of numbers by guidance, beside the reader's own."""
-    slots, names = [slot.name for slot in SLOTS], list(rows)
-    groups = {slot: {name: _interval(rows[name][slot]["word"], "right") for name in names} for slot in slots}
-    return plots.intervals(groups, "share of samples in which the word asked for is read")
-
-
-def _interval(row: dict[str, float], key: str) -> tuple[list[float], float, float]:
-    return [row[key]], row[f"{key}, low"], row[f"{key}, high"]
+    some = Slices(found.images[rows], found.case[rows], found.plane[rows], found.masks[rows])
+    return some, truths(load_factors(location), some.case, some.plane)
 
 
 def show(result: dict) -> None:
@@ -229,10 +216,9 @@ def show(result: dict) -> None:
 
 def main() -> None:
     root, out = sys.argv[1], Path(sys.argv[2])
-    heads, epochs = (int(x) for x in (*sys.argv[3:5], 0, 0)[:2])  # for a trial: fewer
     denoise, between = load_stable_diffusion(device=DEVICE)
-    reader = load_reader(root, out, between, *([epochs] if epochs else []))
-    images, known, cases = asked_slices(heads or None)
+    reader, (slices, known) = load_reader(root, out, between), asked_slices()
+    images, cases = to_unit_range(slices.images), slices.case
     through, distances = reconstructed(images, between), Distances(reader)
     print(f"{len(images)} slices are asked for", flush=True)
     result = {
@@ -267,7 +253,6 @@ def main() -> None:
         result["alone"][f"s = {scale}"] = found
         stored()
     show(result)
-    PICTURE.write_bytes(plots.png(picture(result["together"])))
 
 
 if __name__ == "__main__":

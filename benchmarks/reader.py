@@ -83,7 +83,7 @@ def _varied(images: Tensor, drawn: torch.Generator) -> Tensor:
     return (images + 1) * (0.95 + 0.1 * gain) - 1 + grain.to(images.device)
 
 
-def train_reader(location: DataLocation, between: Autoencoder, epochs: int = EPOCHS) -> Reader:
+def train_reader(location: DataLocation, between: Autoencoder) -> Reader:
     """A reader that has learned from the training slices of ``location`` and from their reconstructions."""
     slices = read_slices(location.train, 256)
     known = truths(load_factors(location), slices.case, slices.plane).float()
@@ -94,12 +94,12 @@ def train_reader(location: DataLocation, between: Autoencoder, epochs: int = EPO
         reader = Reader().to(DEVICE).train()
     reader.mean.copy_(known.mean(0)), reader.deviation.copy_(known.std(0))
     wanted = ((known.to(DEVICE) - reader.mean) / reader.deviation).float()
-    steps = epochs * (len(images) // BATCH)
+    steps = EPOCHS * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=RATE, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     drawn = generator(0)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=drawn).split(BATCH)[: steps // epochs]:
+    for _ in range(EPOCHS):
+        for rows in torch.randperm(len(images), generator=drawn).split(BATCH)[: steps // EPOCHS]:
             which = torch.randint(2, (len(rows),), generator=drawn)
             batch = _varied(pair[which.to(DEVICE), rows.to(DEVICE)], drawn)
             loss = F.mse_loss(reader.network(batch), wanted[rows.to(DEVICE)])
@@ -111,12 +111,12 @@ def train_reader(location: DataLocation, between: Autoencoder, epochs: int = EPO
     return reader.eval()
 
 
-def load_reader(root: str, out: Path, between: Autoencoder, epochs: int = EPOCHS) -> Reader:
+def load_reader(root: str, out: Path, between: Autoencoder) -> Reader:
     """The reader in the folder ``out``, trained on the large set in ``root`` the first time."""
     path = out / "reader.safetensors"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
-        save_file(train_reader(find_data(root), between, epochs).state_dict(), path)
+        save_file(train_reader(find_data(root), between).state_dict(), path)
     reader = Reader()
     reader.load_state_dict(load_file(path))
     return reader.to(DEVICE).eval()

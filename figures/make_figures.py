@@ -35,7 +35,7 @@ def contact_sheet(denoise, size: int = 16) -> Figure:
     for half, (title, images) in zip(halves, sides):
         half.suptitle(title, fontsize=11)
         for axis, image in zip(half.subplots(4, 4).ravel(), images):
-            axis.imshow(plots.upright(image), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(plots.upright(image), cmap="gray", vmin=0, vmax=(1 + plots.BRAIN[1]) / 2)
             axis.set_axis_off()
     return figure
 
@@ -46,9 +46,10 @@ def trajectory(denoise) -> Figure:
     picked = [states[i] for i in (4, 29, 49, 69, 84, 99)]
     titles = ["x, no noise left" if s.t_prev < 0 else f"x at t = {s.t_prev}" for s in picked]
     titles += [f"x₀ guessed at {s.t}" for s in picked]
-    return plots.grid(
-        [s.x[0] for s in picked] + [s.x0[0] for s in picked], columns=6, titles=titles, size=1.6
-    )
+    windows = [plots.BRAIN if s.t_prev < 0 else plots.window_at(denoise.schedule, s.t_prev) for s in picked]
+    images = [s.x[0] for s in picked] + [s.x0[0] for s in picked]
+    windows += [plots.BRAIN] * len(picked)
+    return plots.grid(images, columns=6, titles=titles, size=1.6, window=windows)
 
 
 def phantoms(count: int = 4) -> Figure:

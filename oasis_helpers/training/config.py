@@ -105,7 +105,7 @@ class TrainConfig:
 PROFILES = {
     # a taste, in CI and on any laptop: about a minute, not yet heads
     "quick": TrainConfig(steps=200, lr=2e-3, ema_decay=0.98).replace(base_channels=16),
-    # heads in five minutes on two cores (steps=1000); all of it takes an hour, and made the weights that ship
+    # heads in five minutes on two cores (steps=1000); all of it takes an hour there
     "laptop": TrainConfig(
         Denoising(min_snr_gamma=5.0, snr_offset=1.0),
         steps=12_051,
