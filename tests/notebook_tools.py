@@ -121,7 +121,7 @@ def pictures(outputs: list) -> list[str]:
 # ---- how long a notebook is -----------------------------------------------------------------
 
 WORDS_A_MINUTE, LINES_A_MINUTE = 100, 8  # of prose that teaches, and of code that is read and run
-BESIDE = ("Exercises", "References", "Appendix")  # sections that are not the main path
+BESIDE = ("Exercises", "Quiz", "References", "Appendix")  # sections that are not the main path
 _HEADING = re.compile(r"^## (.+?)(?: · (\d+) min)?$", re.M)
 
 

@@ -1,0 +1,182 @@
+"""The exercises of the course: solutions pass, mistakes get the message meant for them, stubs get help."""
+
+import contextlib
+import io
+import re
+
+import nbformat
+import pytest
+from notebook_tools import NOTEBOOKS, all_notebooks
+
+from oasis_helpers import exercises as course
+from oasis_helpers.exercises import KINDS, Exercise, Wrong, compare, exercise, exercises
+
+ALL = {path.stem: nbformat.read(path, as_version=4) for path in all_notebooks()}
+# They have no exercises with stubs yet.
+YET_TO_FOLLOW = {name for name in ALL if not (NOTEBOOKS.parent / "oasis_helpers" / "exercises" /
+                                              f"nb{name.split('_')[0]}.py").exists()}  # fmt: skip
+WITH = [name for name in ALL if name not in YET_TO_FOLLOW]
+WRONG = [(key, number) for key, one in exercises().items() for number in range(len(one.wrong))]
+
+
+@pytest.fixture(autouse=True)
+def _nobodys_progress(monkeypatch, tmp_path):
+    monkeypatch.setattr(course, "progress_file", lambda: tmp_path / "progress.json")
+    monkeypatch.delenv("OASIS_DRIVE_CONTROLS", raising=False)
+
+
+def said(key, *answer):
+    """What the check of an exercise prints of an answer."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exercise(key).check(*answer)
+    return printed.getvalue()
+
+
+def _of(name):
+    """The exercises of a notebook."""
+    number = name.split("_")[0].lstrip("0")
+    return [one for key, one in exercises().items() if key.split(".")[0] == number]
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_each_notebook_has_exercises_of_every_kind(name):
+    found = _of(name)
+    assert len(found) >= 4
+    assert {one.kind for one in found} == set(KINDS)
+    for one in found:
+        assert 2 <= one.minutes <= 60
+        assert len(one.hints) >= 2
+        assert len(one.wrong) >= 2, f"{one.key}: two typical wrong answers"
+        assert (one.prediction is not None) == (one.kind == "experiment"), one.key
+    assert any(one.picture for one in found)
+
+
+@pytest.mark.parametrize("key", exercises())
+def test_a_solution_passes(key):
+    one = exercise(key)
+    assert said(key, *one.answer).startswith(f"✓ {key}: ")
+    assert key in course.passed()
+    if one.picture:
+        one.picture(*one.answer)
+
+
+@pytest.mark.parametrize(("key", "number"), WRONG)
+def test_a_typical_mistake_gets_its_message(key, number):
+    answer, message = exercise(key).wrong[number]
+    printed = said(key, *answer)
+    assert printed.startswith(f"✗ {key}: ")
+    assert message in printed
+    assert key not in course.passed()
+
+
+@pytest.mark.parametrize("key", exercises())
+def test_a_stub_gets_help(key):
+    one = exercise(key)
+
+    def stub(*args, **kwargs): ...
+
+    for answer in [(stub,)] if one.prediction is None else [(one.prediction, stub), (..., one.solution)]:
+        printed = said(key, *answer)
+        assert printed.startswith(f"{key} waits for you"), printed
+        assert one.hints[0] in printed
+    assert key not in course.passed()
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_a_notebook_holds_a_stub_for_each_exercise_and_its_minutes(name):
+    cells = ALL[name].cells
+    for one in _of(name):
+        (place,) = [
+            i for i, c in enumerate(cells) if c.cell_type == "code" and f'exercise("{one.key}")' in c.source
+        ]
+        stub, text = cells[place], cells[place - 1]
+        assert re.search(rf"^def {one.solution.__name__}\(", stub.source, re.M), one.key
+        assert re.search(r"^\s+\.\.\.", stub.source, re.M), f"{one.key}: the stub has dots to fill in"
+        assert re.search(r"^prediction = \.\.\.", stub.source, re.M) or one.prediction is None
+        assert f"### {one.key} · {one.title} · {one.minutes} min" in text.source
+        (output,) = stub.outputs
+        assert output.text.startswith(f"{one.key} waits for you"), output.text
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_a_notebook_asks_before_and_after(name):
+    text = "\n".join(c.source for c in ALL[name].cells if c.cell_type == "markdown")
+    parts = re.findall(r"^## Quiz: (.+?)$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert [heading for heading, _ in parts] == ["before you start", "what do you know now?"]
+    for _, body in parts:
+        questions = re.split(r"^\*\*\d\.\*\*", body, flags=re.M)[1:]
+        assert len(questions) == 4
+        for question in questions:
+            answers = re.findall(r"<details><summary>(.+?)</summary>(.+?)</details>", question, re.S)
+            assert len(answers) >= 3
+            right = [said for _, said in answers if said.strip().startswith("Right: ")]
+            assert len(right) == 1, question
+            assert all(len(said.split()) >= 5 for _, said in answers), "each answer is explained"
+
+
+# ---- the checks themselves ----------------------------------------------------------------------
+
+
+def _doubled(x):
+    return 2 * x
+
+
+def _diagnose(doubled):
+    compare(doubled(3.0), 6.0, "the double of 3", {"that is the square": 9.0})
+    return "doubled."
+
+
+DOUBLE = Exercise("0.1", "Double", "line", 2, ("two times", "2 * x"), _diagnose, _doubled, ())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x * x, "✗ 0.1: that is the square\n"),
+        (lambda x: x + 1, "✗ 0.1: the double of 3 is 4 where 6 is right.\n"),
+        (lambda x: [x, x], "✗ 0.1: the double of 3 has the shape (2,): () is wanted.\n"),
+        (lambda x: "six", "✗ 0.1: the double of 3 is a str: a number or a tensor is wanted.\n"),
+        (lambda x: float("nan"), "✗ 0.1: the double of 3 is nan where 6 is right.\n"),
+        (lambda x: x / 0, "✗ 0.1: ZeroDivisionError in <lambda>(): float division by zero\n"),
+        (lambda: 6, "✗ 0.1: TypeError in call(): "),
+        (_doubled, "✓ 0.1: doubled.\n"),
+    ],
+)
+def test_a_check_says_what_it_saw(answer, message, capsys):
+    DOUBLE.check(answer)
+    assert capsys.readouterr().out.startswith(message)
+
+
+def test_hints_come_one_by_one(capsys):
+    DOUBLE.hint(2)
+    assert capsys.readouterr().out == "Hint 2 of 2: 2 * x\n"
+    with pytest.raises(ValueError, match="hints 1 to 2"):
+        DOUBLE.hint(3)
+
+
+def test_a_solution_can_be_looked_at(capsys):
+    DOUBLE.show_solution()
+    assert "return 2 * x" in capsys.readouterr().out
+
+
+def test_an_unknown_exercise_is_one_line():
+    with pytest.raises(ValueError, match=r"there is no exercise '99\.1'"):
+        exercise("99.1")
+
+
+def test_under_test_no_progress_is_kept(monkeypatch):
+    monkeypatch.setenv("OASIS_DRIVE_CONTROLS", "1")
+    DOUBLE.check(_doubled)
+    assert course.passed() == set()
+
+
+def test_progress_is_kept_and_damage_of_it_is_no_error():
+    DOUBLE.check(_doubled)
+    assert course.passed() == {"0.1"}
+    course.progress_file().write_text("{")
+    assert course.passed() == set()
+
+
+def test_compare_tells_places_apart():
+    with pytest.raises(Wrong, match=r"it is 5 at place 1 where 2 is right"):
+        compare([1, 5], [1, 2], "it")
