@@ -85,7 +85,10 @@ quality: heads ## train the weights that ship and measure everything that takes 
 	$(PY) benchmarks/latent.py $(LARGE) runs/latent
 	cp runs/latent/autoencoder-256.safetensors runs/latent/latent-256.safetensors oasis_helpers/weights/
 	$(PY) benchmarks/first_stage.py $(LARGE)
+	$(PY) benchmarks/first_stage.py $(LARGE) --terms
 	$(PY) benchmarks/prompts.py $(LARGE) runs/latent
+	$(PY) benchmarks/pixel_or_latent.py $(LARGE) runs/latent
+	$(PY) benchmarks/pixel_or_latent.py --speeds
 	$(PY) benchmarks/card.py
 	$(PY) benchmarks/ablations.py
 	$(PY) benchmarks/networks.py

@@ -711,6 +711,33 @@ def test_readme_has_the_speeds():
             _says(cell, speed)
 
 
+def test_readme_has_the_speeds_on_a_gpu():
+    result = _recorded("networks_gpu")
+    for name, network in NETWORKS.items():
+        speeds = [
+            result[precision][network][f"{what}, times the best peer"]
+            for what in ("training", "sampling")
+            for precision in ("fp32", "bf16")
+        ]
+        for cell, speed in zip(_row(README, f"{name}, H100", 4), speeds):
+            _says(cell, speed)
+
+
+def test_readme_says_what_the_full_profile_reached():
+    result, words = _recorded("full"), " ".join(README.read_text().split())
+    said = re.search(
+        r"was tried for (.*?) of its (.*?) steps on an H100.*?: (.*?) s and (.*?) GB a step", words
+    )
+    reached = re.search(r"GB a step, and samples at a KID of (.*?\))", words)[1]
+    _says(said[1], result["steps"])
+    _says(said[2], PROFILES["full"].steps)
+    _says(said[3], result["seconds per step"])
+    _says(said[4], result["peak memory, GB"])
+    _says(reached, result["KID"], result["KID, low"], result["KID, high"])
+    first, last = result["loss of the first and the last steps"]
+    assert last < first / 10
+
+
 def test_readme_has_the_race():
     """Steps are a column after the same minutes, and not after the same steps."""
     result = _recorded("time_to_quality")
@@ -976,3 +1003,47 @@ def test_what_the_autoencoder_keeps_is_on_its_card_and_in_readme():
     ):
         row = columns[1]
         _says(re.search(pattern, words)[1], row[name], row[f"{name}, low"], row[f"{name}, high"])
+
+
+def test_the_autoencoders_card_has_the_terms_of_its_loss(module):
+    terms = _recorded("first_stage")["terms"]
+    assert list(terms) == list(module("first_stage").TERMS)
+    for name, row in terms.items():
+        cells = _row(AUTOENCODER_CARD, name, 6)
+        for cell, column in zip(cells, ("PSNR", "sulci kept", "Dice, grey")):
+            _says(cell, row[column], row[f"{column}, low"], row[f"{column}, high"])
+        for cell, column in zip(cells[3:], ("FID", "KL", "deviation of latents"), strict=True):
+            _says(cell, row[column])
+
+
+def test_pixels_and_latents_had_the_same_time_and_readme_says_what_came(module):
+    result, words = _recorded("pixel_or_latent"), " ".join(README.read_text().split())
+    training = result["training"]
+    halves = sum(training[name]["seconds"] for name in ("autoencoder", "latents"))
+    assert training["pixels"]["seconds"] == pytest.approx(halves, rel=0.01)
+    _says(re.search(r"that ship take (.*?) s of an H100", words)[1], halves)
+    for name, row in result["rows"].items():
+        memory, near, sharp, *slots, skull = _row(README, name, 6)
+        _says(memory, training[name.split(",")[0]]["memory, GB"])
+        _says(near, row["KID"], row["KID, low"], row["KID, high"])
+        _says(sharp, row["KID 128"], row["KID 128, low"], row["KID 128, high"])
+        for slot, cell in zip(("atrophy", "ventricles"), slots, strict=True):
+            _says(cell, row["read"][slot]["number"]["r"], row["read"][slot]["number"]["slope"])
+        _says(skull, 100 * row["read"]["skull"]["word"]["right"])
+    pixels, latents = (result["rows"][f"{name}, s = 1"] for name in ("pixels", "latents"))
+    assert pixels["KID, low"] < 0 < pixels["KID, high"]
+    assert latents["KID, low"] > 0
+    seconds = [result["samples"][name]["seconds a sample"] for name in ("latents", "pixels")]
+    _says(re.search(r"is the cheap call: (.*?) s a sample", words)[1], *seconds)
+
+
+def test_pixels_are_trained_and_sampled_with_the_same_phrases(module):
+    race = module("pixel_or_latent")
+    objective, latents = race.PIXELS.objective, race.LATENTS.objective
+    assert objective.shape == (1, 256, 256)
+    assert objective.conditions == latents.conditions
+    kept = {**latents.network, "in_channels": 1, "patch_size": 4}
+    assert objective.network == kept, "nothing of the network differs but where it begins"
+    data = race.Latents(torch.zeros(2, 1, 256, 256, dtype=torch.uint8), torch.full((2, 6), torch.nan), "")
+    drawn = race.draw_step(race.PIXELS.replace(batch_size=2), data, objective, 0)
+    assert objective(race.PIXELS.make_network(), drawn).isfinite().all()
