@@ -8,12 +8,11 @@ PY := $(VENV)/bin/python
 PORT ?= 8888
 READY := $(VENV)/.ready
 
-# One thread a process: two torch processes with two threads each on two cores wait for each other. Not
-# for the lab: there one network has all cores, and threads that sleep between layers make it several times slower.
-test notebooks figures fuzz bench: export OMP_NUM_THREADS ?= 1
-test test-processors notebooks figures fuzz bench: export OMP_WAIT_POLICY ?= PASSIVE
+# One thread a process: two torch processes with two threads each on two cores wait for each other.
+notebooks figures fuzz bench: export OMP_NUM_THREADS ?= 1
+test-processors notebooks figures fuzz bench: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: lab test test-processors notebooks lint format phantoms heads figures fuzz bench quality clean help
+.PHONY: lab test course test-processors notebooks lint format phantoms heads figures fuzz bench quality clean help
 
 help:
 	@sed -n '/^[a-z-]*:.*##/s/:.*##/\t/p' $(MAKEFILE_LIST)
@@ -34,14 +33,15 @@ phantoms: $(READY) ## make the default phantom set (once, about a minute)
 heads: phantoms ## make the fresh heads that samples are compared with (once, some minutes)
 	@$(PY) -c 'from oasis_helpers.phantoms import fresh_heads; fresh_heads()'
 
-lab: phantoms ## open the series in JupyterLab; PORT=8889 for another port, HEADLESS=1 for no browser
-	OMP_NUM_THREADS=$$($(PY) -c 'import joblib; print(joblib.cpu_count())') $(PY) -m jupyter lab --port=$(PORT) $(if $(HEADLESS),--no-browser) \
-	  $(if $(filter 0,$(shell id -u)),--allow-root) \
-	  notebooks/01_data_exploration.ipynb
+lab: $(READY) ## open the series in JupyterLab; PORT=8889 for another port, HEADLESS=1 for no browser
+	$(PY) -m oasis_helpers lab --port $(PORT) $(if $(HEADLESS),--headless)
 
-test: heads ## unit tests, then every notebook against its stored outputs
-	$(PY) -m pytest tests -n 2 --dist loadfile --cov=oasis_helpers --cov-report=term --cov-fail-under=90
-	$(PY) -m pytest notebooks --nbval --nbval-current-env --nbval-cell-timeout=600 -n 2 --dist loadfile
+test: $(READY) ## unit tests, then every notebook against its stored outputs
+	$(PY) -m oasis_helpers test
+
+course: $(READY) ## student and instructor editions and slides, in build/course
+	rm -rf build/course
+	$(PY) -m oasis_helpers course build/course
 
 test-processors: heads ## every notebook as other processors and two threads run it (an hour or two)
 	$(PY) tests/processors.py

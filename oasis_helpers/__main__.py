@@ -1,4 +1,4 @@
-"""Command line: ``python -m oasis_helpers phantoms|convert|check|train|sample|evaluate``."""
+"""Command line: ``python -m oasis_helpers lab|test|progress|course|phantoms|convert|check|train|…``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,41 @@ import textwrap
 from pathlib import Path
 
 from tqdm import tqdm
+
+
+def _lab(args: argparse.Namespace) -> int:
+    from .checkout import open_lab
+
+    return open_lab(args.port, browser=not args.headless)
+
+
+def _test(args: argparse.Namespace) -> int:
+    from .checkout import run_tests
+
+    return run_tests()
+
+
+def _progress(args: argparse.Namespace) -> int:
+    from .exercises import exercises, passed
+
+    done, before = passed(), ""
+    for key, one in exercises().items():
+        if (number := key.split(".")[0]) != before:
+            print(f"notebook {number}")
+            before = number
+        print(f"  {'✓' if key in done else '·'} {key:6} {one.title} ({one.minutes} min)")
+    print(f"{len(done & set(exercises()))} of {len(exercises())} exercises pass")
+    return 0
+
+
+def _course(args: argparse.Namespace) -> int:
+    from .exercises.editions import make_editions
+
+    out = make_editions(args.out)
+    print(
+        f"student, instructor and slides in {out}: begin with {out / 'slides' / '01_data_exploration.html'}"
+    )
+    return 0
 
 
 def _phantoms(args: argparse.Namespace) -> int:
@@ -255,9 +290,27 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m oasis_helpers", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_course_commands(commands)
     _add_data_commands(commands)
     _add_network_commands(commands)
     return parser
+
+
+def _add_course_commands(commands) -> None:
+    p = commands.add_parser("lab", help="open the series in JupyterLab, as `make lab` does")
+    p.add_argument("--port", type=int, default=8888, help="(default: %(default)s)")
+    p.add_argument("--headless", action="store_true", help="open no browser")
+    p.set_defaults(run=_lab)
+
+    p = commands.add_parser("test", help="run all tests and notebooks, as `make test` does")
+    p.set_defaults(run=_test)
+
+    p = commands.add_parser("progress", help="which exercises have passed on this computer")
+    p.set_defaults(run=_progress)
+
+    p = commands.add_parser("course", help="make the student's and the instructor's edition, and slides")
+    p.add_argument("out", help="new folder")
+    p.set_defaults(run=_course)
 
 
 def _add_data_commands(commands) -> None:

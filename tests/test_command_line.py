@@ -5,11 +5,12 @@ import sys
 from argparse import Namespace
 from functools import partial
 
+import joblib
 import pytest
 import torch
 from PIL import Image
 
-from oasis_helpers import evaluation, plots, training
+from oasis_helpers import checkout, evaluation, exercises, plots, training
 from oasis_helpers.__main__ import _draw, _parser, _with_settings, main
 from oasis_helpers.autoencoder import LATENT, Autoencoding, load_stable_diffusion
 from oasis_helpers.layout import DataLocation, image_name
@@ -26,7 +27,18 @@ from oasis_helpers.training import (
 TINY = TrainConfig(steps=4, batch_size=4).replace(
     image_size=16, base_channels=8, channel_mult=(1, 2), attention_levels=(), T=20
 )
-COMMANDS = ("phantoms", "convert", "check", "train", "sample", "evaluate")
+COMMANDS = (
+    "lab",
+    "test",
+    "progress",
+    "course",
+    "phantoms",
+    "convert",
+    "check",
+    "train",
+    "sample",
+    "evaluate",
+)
 
 
 @pytest.fixture(scope="module")
@@ -512,3 +524,65 @@ def test_a_report_without_a_place_is_refused_before_data_is_sought(
     command = ["evaluate", tiny, "--steps", 2, "--data", tmp_path / "nowhere"]
     _fails([*command, "--out", tmp_path / out], message, capsys)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["mine.txt", "there"]
+
+
+# ---- the course ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What is started instead of being run, with its environment."""
+    calls = []
+
+    def run(command, cwd, env, check):
+        calls.append((command[1:], env))
+        return subprocess.CompletedProcess(command, len(calls) if "fail" in env else 0)
+
+    monkeypatch.setattr(checkout.subprocess, "run", run)
+    for name in ("make_phantoms", "fresh_heads"):
+        monkeypatch.setattr(checkout, name, lambda *args: None)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def test_lab_opens_notebook_1_with_all_cores(started):
+    assert main(["lab", "--port", "8889", "--headless"]) == 0
+    ((command, environment),) = started
+    assert command[:2] == ["-m", "jupyter"]
+    assert {"lab", "--port=8889", "--no-browser", "notebooks/01_data_exploration.ipynb"} <= set(command)
+    assert environment["OMP_NUM_THREADS"] == str(joblib.cpu_count())
+
+
+def test_test_runs_units_and_notebooks_with_one_thread_each(started):
+    assert main(["test"]) == 0
+    units, notebooks = started
+    assert units[0][:3] == ["-m", "pytest", "tests"]
+    assert {"notebooks", "--nbval"} <= set(notebooks[0])
+    assert all(environment["OMP_NUM_THREADS"] == "1" for _, environment in started)
+
+
+def test_test_stops_where_units_fail_and_leaves_the_users_threads(started, monkeypatch):
+    monkeypatch.setenv("fail", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert main(["test"]) == 1
+    ((_, environment),) = started
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_without_a_checkout_the_course_commands_say_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(checkout, "NOTEBOOKS", tmp_path)
+    for command in (["lab"], ["test"], ["course", str(tmp_path / "out")]):
+        assert main(command) == 1
+        assert "this command needs a checkout of the project" in capsys.readouterr().err
+
+
+def test_progress_lists_what_passed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(exercises, "progress_file", lambda: tmp_path / "progress.json")
+    keys = [*exercises.exercises()]
+    (tmp_path / "progress.json").write_text(json.dumps([keys[0], "99.9"]))
+    assert main(["progress"]) == 0
+    printed = capsys.readouterr().out
+    assert f"✓ {keys[0]}" in printed
+    assert f"· {keys[1]}" in printed
+    assert f"1 of {len(keys)} exercises pass" in printed

@@ -1,15 +1,18 @@
 """The exercises of the course: solutions pass, mistakes get the message meant for them, stubs get help."""
 
 import contextlib
+import dataclasses
 import io
 import re
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from notebook_tools import NOTEBOOKS, all_notebooks
 
 from oasis_helpers import exercises as course
 from oasis_helpers.exercises import KINDS, Exercise, Wrong, compare, exercise, exercises
+from oasis_helpers.exercises.editions import deck, make_editions, solved
 
 ALL = {path.stem: nbformat.read(path, as_version=4) for path in all_notebooks()}
 # They have no exercises with stubs yet.
@@ -180,3 +183,85 @@ def test_progress_is_kept_and_damage_of_it_is_no_error():
 def test_compare_tells_places_apart():
     with pytest.raises(Wrong, match=r"it is 5 at place 1 where 2 is right"):
         compare([1, 5], [1, 2], "it")
+
+
+# ---- editions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_editions(tmp_path_factory.mktemp("course") / "out")
+
+
+def test_the_students_edition_gives_nothing_away(made):
+    for path in all_notebooks():
+        notebook = nbformat.read(made / "student" / path.name, as_version=4)
+        assert len(notebook.cells) == len(ALL[path.stem].cells)
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+        for one in _of(path.stem):
+            assert one.source not in "\n".join(cell.source for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_the_instructors_edition_is_solved_where_it_stands(name, made, monkeypatch, capsys):
+    """A solution is run behind the notebook's set-up cell alone, with the names that cell has."""
+    monkeypatch.setenv("OASIS_DRIVE_CONTROLS", "1")
+    notebook = nbformat.read(made / "instructor" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    names = {}
+    exec(code[0].source, names)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for one in _of(name):
+        (cell,) = [cell for cell in code if f'exercise("{one.key}")' in cell.source]
+        assert cell.outputs[0].text.startswith(f"✓ {one.key}: ")
+        assert len(cell.outputs) == 1 + (one.picture is not None)
+        capsys.readouterr()
+        exec(cell.source, dict(names))
+        assert capsys.readouterr().out.startswith(f"✓ {one.key}: "), cell.source
+        assert f"**For the lecturer** · {one.key} · {one.minutes} min" in text
+        for _, message in one.wrong:
+            assert message in text
+
+
+def test_slides_need_no_network(made):
+    for path in all_notebooks():
+        page = (made / "slides" / f"{path.stem}.html").read_text(encoding="utf-8")
+        assert page.count("<section") > 10
+        for address in re.findall(r'<(?:script|link|img)\b[^>]*?(?:src|href)="([^"]*)"', page):
+            assert not re.match(r"(https?:)?//", address), address
+            local = address.split("?")[0]
+            assert address.startswith("data:") or (made / "slides" / local).exists(), address
+        assert "GLOSSARY.md" not in page
+    theme = (made / "slides" / "reveal.js" / "dist" / "theme" / "white.css").read_text()
+    assert not re.search(r"@import[^;]*http", theme)
+
+
+def test_slides_show_short_code_and_tell_the_rest_to_the_speaker():
+    short, long = (new_code_cell("\n".join(f"x = {i}" for i in range(lines))) for lines in (3, 30))
+    text = new_markdown_cell(
+        "# 1 · Title\n\nShown.\n\nTold.\n\n- a list\n\n$$x = 1$$\n\n[word](GLOSSARY.md#word)"
+    )
+    cells = deck(
+        new_notebook(cells=[text, short, long, new_markdown_cell("## Exercises\n\nNot here.")])
+    ).cells
+    kinds = [cell.metadata.slideshow.slide_type for cell in cells]
+    assert kinds == ["slide", "notes", "fragment", "fragment"]
+    assert cells[0].source == "# 1 · Title\n\nShown.\n\n- a list\n\n$$x = 1$$"
+    assert cells[1].source == "Told.\n\nword"
+    assert [cell.metadata.get("tags", []) for cell in cells[2:]] == [[], ["hide_code"]]
+
+
+def test_a_solution_takes_the_place_of_a_stub():
+    check = 'exercise("0.1").check(prediction, _doubled)'
+    stub = (
+        f'prediction = ...  # "up" or "down"\n\n\ndef _doubled(x):\n    """Twice x."""\n    ...\n\n\n{check}'
+    )
+    found = solved(stub, dataclasses.replace(DOUBLE, prediction="up"))
+    assert found == f"prediction = 'up'\n\n\ndef _doubled(x):\n    return 2 * x\n\n\n{check}"
+
+
+def test_editions_replace_nothing(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        make_editions(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
