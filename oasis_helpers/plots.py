@@ -1,7 +1,7 @@
 """Pictures for the notebooks: pure functions from data to a matplotlib ``Figure``.
 
-No pyplot and no global state, so a figure is shown once, where :func:`show` says. They are made for a
-projector: type of 11 points and more, and a pixel of a slice is a whole number of pixels on the screen.
+No pyplot and no global state, so a figure is shown once, where :func:`show` says. Type has 11 points and
+more, and a pixel of a slice is a whole number of pixels on the screen; :func:`projector` enlarges all.
 Colours are Okabe & Ito's, which people with any kind of colour vision can tell apart.
 
 Greys have a window (black, white) in the units of the images. Brighter than the brain is only the scalp, so
@@ -321,9 +321,26 @@ def step_panel(state, T: int) -> Figure:
     )
 
 
+_enlarged_for_all = [1]  # by projector(), for as long as this Python runs
+
+
+def projector(times: int = 2) -> None:
+    """From now on draw with ``times`` as many pixels, and enlarge type and code of the page; 1 is as before.
+
+    One call at the top of a notebook, for a lecture. Raises ``ValueError`` for numbers other than 1, 2 and 3.
+    """
+    if times not in (1, 2, 3):
+        raise ValueError(f"times is {times!r}: give 1, 2 or 3.")
+    _enlarged_for_all[0] = times
+    text, code = (round(n * (1 + 0.35 * (times - 1))) for n in (14, 13))
+    style = f":root {{ --jp-content-font-size1: {text}px; --jp-code-font-size: {code}px; }}"
+    page = f"<style>{style}</style>pictures and type ×{times}"
+    display({"text/html": page, "text/plain": f"pictures ×{times}"}, raw=True)
+
+
 def png(figure: Figure) -> bytes:
     """The figure as PNG bytes, the same for the same figure and software; grey alone has one channel."""
-    figure.set_dpi(DPI)
+    figure.set_dpi(DPI * _enlarged_for_all[0])
     canvas = FigureCanvasAgg(figure)
     with rc_context(STYLE):  # ticks are made when they are drawn
         canvas.draw()

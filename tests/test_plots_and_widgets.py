@@ -379,3 +379,16 @@ def test_a_screen_shows_what_was_drawn_last():
     assert screen.value != empty
     assert screen._repr_mimebundle_()["text/plain"] == "the loss, redrawn"
     assert repr(screen) == "Screen('the loss, redrawn')"
+
+
+def test_for_a_projector_pictures_have_twice_the_pixels_and_then_again_as_many(capsys):
+    figure = plots.lines({"a": ([0, 1], [0, 1])}, "x", "y")
+    before = Image.open(io.BytesIO(plots.png(figure))).size
+    try:
+        plots.projector()
+        assert Image.open(io.BytesIO(plots.png(figure))).size == tuple(2 * n for n in before)
+    finally:
+        plots.projector(1)
+    assert Image.open(io.BytesIO(plots.png(figure))).size == before
+    with pytest.raises(ValueError, match="give 1, 2 or 3"):
+        plots.projector(10)

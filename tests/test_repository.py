@@ -77,7 +77,7 @@ def test_constraints_fix_every_package_within_its_range():
     fixed = dict(line.split("==") for line in lines)
     fixed = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in fixed.items()}
     for requirement in _requirements():
-        # playwright is for looking at notebooks in a browser, not for tests; we ourselves are an extra of tests
+        # playwright is for looking at notebooks in a browser, not for tests; tests name our own extra
         if requirement.name in ("playwright", "oasis_helpers"):
             continue
         assert requirement.specifier.contains(fixed[requirement.name]), requirement
