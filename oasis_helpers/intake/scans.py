@@ -132,7 +132,7 @@ def _wrong_byte_order(raw: np.ndarray) -> bool:
         return np.abs(np.diff(values, axis=0)).mean() / (values.std() or np.inf)
 
     as_stored = roughness(plane)
-    return as_stored > 0.5 and roughness(plane.byteswap()) < 0.4 * as_stored
+    return as_stored > 0.2 and roughness(plane.byteswap()) < 0.6 * as_stored
 
 
 def read_volume(path: Path) -> Volume:
