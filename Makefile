@@ -63,9 +63,10 @@ figures: phantoms ## redraw the pictures in figures/
 fuzz: $(READY) ## damaged archives and pictures by the thousand (some minutes)
 	$(PY) -m pytest tests/fuzz.py -q -p no:cacheprovider
 
-bench: phantoms ## measure phantoms, loading, conversion and resuming
+bench: phantoms ## measure phantoms, loading, conversion, registration and resuming
 	$(PY) benchmarks/data.py
 	$(PY) benchmarks/conversion.py
+	$(PY) benchmarks/volumes.py
 	$(PY) benchmarks/resume.py
 
 LARGE ?= runs/phantoms-large

@@ -65,7 +65,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     report = convert(
         args.source, args.out, args.format, stripped=args.stripped, subjects=args.subjects,
-        workers=args.workers, force=args.force,
+        workers=args.workers, force=args.force, agree=args.agree, least_similarity=args.least_similarity,
     )  # fmt: skip
     print(report)
     return 0 if report.ok else 1
@@ -334,12 +334,22 @@ def _add_data_commands(commands) -> None:
     )
     p.add_argument(
         "source",
-        help="course zip or folder, OASIS-1 disc archive, folder of discs, unpacked tree, or neurite-oasis",
+        help="course zip or folder, OASIS-1 disc archive, folder of discs, unpacked tree, or neurite-oasis; "
+        "any T1-weighted volume (NIfTI or Analyze) or a folder of them (BIDS, OASIS-2, OASIS-3, raw "
+        "OASIS-1); or the word nilearn-oasis, which fetches maps of grey matter",
     )
     p.add_argument("out", help="new folder, or one where an earlier conversion goes on")
-    p.add_argument("--format", choices=("course", "oasis1", "neurite"), help="instead of recognising it")
+    p.add_argument(
+        "--format", choices=("course", "oasis1", "neurite", "volumes"), help="instead of recognising it"
+    )
     p.add_argument("--stripped", action="store_true", help="OASIS-1: the skull-stripped volume")
     p.add_argument("--subjects", help="OASIS's own table (CSV), for age, sex and CDR")
+    p.add_argument("--agree", action="store_true", help="nilearn-oasis: you agree to OASIS's terms of use")
+    p.add_argument(
+        "--least-similarity",
+        type=float,
+        help="volumes: leave out what is less similar to the template after registration (default: 0.6)",
+    )
     p.add_argument("--workers", type=int, help="threads (default: one per CPU)")
     p.add_argument("--force", action="store_true", help="overwrite what is in OUT")
     p.set_defaults(run=_convert)

@@ -111,7 +111,7 @@ def check_dataset(root: str | Path) -> DatasetReport:
     """
     location = locate(Path(root).expanduser())
     report = DatasetReport(location.root, location.kind)
-    known = _known_cases(location)
+    known, without_masks = _known_cases(location), _without_masks(location)
     splits_of: dict[int, list[str]] = defaultdict(list)
     digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
     jobs = []
@@ -121,7 +121,7 @@ def check_dataset(root: str | Path) -> DatasetReport:
         report.counts[split] = (len(found["case"]), len(cases))
         for case in cases:
             splits_of[case].append(split)
-        report.missing += _without_partner(location, split, found)
+        report.missing += _without_partner(location, split, found, without_masks)
         report.missing += _gaps(split, found, cases, known)
         jobs += [(prefix, key, path) for prefix in found for key, path in found[prefix].items()]
     for case, splits in sorted(splits_of.items()):
@@ -152,15 +152,19 @@ def _files_of(location: DataLocation, split: str, report: DatasetReport) -> _Fil
     return found
 
 
-def _without_partner(location: DataLocation, split: str, found: _Files) -> Iterator[str]:
-    """A line for each image without its mask and each mask without its image."""
+def _without_partner(
+    location: DataLocation, split: str, found: _Files, without_masks: set[int]
+) -> Iterator[str]:
+    """A line for each image without its mask, if its case has any, and each mask without image."""
     for prefix, other, name, words in (
         ("seg", "case", mask_name, "the mask of a slice that is there"),
         ("case", "seg", image_name, "the image of a mask that is there"),
     ):
         folder = location.folder(split, masks=prefix == "seg")
         if folder.is_dir():
-            yield from (f"{folder.name}/{name(*k)}: {words}" for k in found[other] if k not in found[prefix])
+            alone = (k for k in found[other] if k not in found[prefix])
+            unplanned = (k for k in alone if prefix == "case" or k[0] not in without_masks)
+            yield from (f"{folder.name}/{name(*k)}: {words}" for k in unplanned)
 
 
 def _gaps(split: str, found: _Files, cases: Counter[int], known: dict | None) -> Iterator[str]:
@@ -211,6 +215,15 @@ def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]
     from .convert import read_rows  # it needs nibabel, and few need it
 
     return {case: (row.images, (row.sha256,)) for case, row in read_rows(location.root).items()}
+
+
+def _without_masks(location: DataLocation) -> set[int]:
+    """The cases that a conversion found no segmentation of."""
+    if not (location.root / "conversion.csv").exists():
+        return set()
+    from .convert import read_rows  # it needs nibabel, and few need it
+
+    return {case for case, row in read_rows(location.root).items() if row.masks == 0}
 
 
 def _compare_checksums(

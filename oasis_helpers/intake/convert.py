@@ -205,6 +205,25 @@ def recognise(source: Path, formats: Sequence[str] = FORMATS) -> str:
     )
 
 
+def _of_another_kind(source: Path, format: str | None) -> str | None:
+    """ "nilearn-oasis" or "volumes" if the source is that and none of FORMATS."""
+    if format == "volumes":
+        return format
+    if str(source) == "nilearn-oasis" and not source.exists():
+        return "nilearn-oasis"
+    if format is not None or not source.exists():
+        return None
+    from .scans import find_scans, is_volume
+
+    if source.is_file():
+        return "volumes" if is_volume(source) else None
+    try:
+        recognise(source)
+    except (FileNotFoundError, ArchiveDamaged, ArchiveRefused, ValueError):
+        return "volumes" if find_scans(source) else None
+    return None
+
+
 def _role(format: str, name: str, stripped: bool) -> tuple[int, tuple] | None:
     """Case id and role of a file, or None if it is not needed."""
     match = _NAMES[format].search(name)
@@ -524,12 +543,16 @@ def convert(
     subjects: str | Path | None = None,
     workers: int | None = None,
     force: bool = False,
+    agree: bool = False,
+    least_similarity: float | None = None,
 ) -> ConversionReport:
     """Bring OASIS into the layout of the course set, whatever form it has.
 
     ``source`` is the course zip or folder, one OASIS-1 disc archive, a folder of them, the
-    unpacked tree, or neurite-oasis (tar or folder); ``format`` ("course", "oasis1" or
-    "neurite") overrides what its file names say. ``stripped`` takes OASIS-1's skull-stripped
+    unpacked tree, neurite-oasis (tar or folder), a T1 volume or a folder of them
+    (:mod:`.volumes`; what is less similar to the template than ``least_similarity`` is left out), or
+    "nilearn-oasis" (:mod:`.vbm`; ``agree`` to its terms); ``format`` ("course", "oasis1",
+    "neurite" or "volumes") overrides what its file names say. ``stripped`` takes OASIS-1's skull-stripped
     volume. ``subjects`` is OASIS's own table (CSV); age, sex and CDR of the cases go
     to ``subjects.csv``. ``workers`` is the number of threads (default: one per CPU).
 
@@ -543,10 +566,26 @@ def convert(
     disk is too full, and ``ArchiveRefused`` (a ``ValueError``) for an archive that is not safe.
     """
     source, root = Path(source).expanduser(), Path(out).expanduser()
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format is {format!r}: choose one of {', '.join(FORMATS)}.")
+    if format is not None and format not in (*FORMATS, "volumes"):
+        raise ValueError(f"format is {format!r}: choose one of {', '.join(FORMATS)}, volumes.")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more.")
+    own = _of_another_kind(source, format)
+    if own != "volumes" and least_similarity is not None:
+        raise ValueError(f"a least similarity is for volumes; {source} holds none that would be registered.")
+    if own and stripped:
+        raise ValueError(f"stripped is for OASIS-1's T88 volumes, and {source} is something else.")
+    if own == "nilearn-oasis":
+        from .vbm import convert_vbm
+
+        if subjects:
+            raise ValueError("nilearn brings its own table of subjects: leave --subjects out.")
+        return convert_vbm(root, agree=agree, force=force)
+    if own == "volumes":
+        from .volumes import LEAST_SIMILARITY, convert_volumes
+
+        least = LEAST_SIMILARITY if least_similarity is None else least_similarity
+        return convert_volumes(source, root, subjects=subjects, workers=workers, force=force, least=least)
     people = read_subjects(Path(subjects).expanduser()) if subjects else None
     format = recognise(source, [format] if format else FORMATS)
     if stripped and format != "oasis1":
