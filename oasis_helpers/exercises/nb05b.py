@@ -89,7 +89,11 @@ def _diagnose_sphere(along_the_sphere) -> str:
         ),
     }
     compare(
-        along_the_sphere(a, b, w), slerp(a, b, w), "the noise a quarter of the way", mistakes, tolerance=1e-3
+        along_the_sphere(a, b, w),
+        slerp(a[None], b[None], w)[0],
+        "the noise a quarter of the way",
+        mistakes,
+        tolerance=1e-3,
     )
     return "as long as its ends at every stop."
 
