@@ -8,10 +8,14 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
+from notebook_tools import all_notebooks, sections
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from oasis_helpers.exercises import exercises
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -167,3 +171,18 @@ import oasis_helpers.evaluation, oasis_helpers.training, oasis_helpers.sampling
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_teaching_tells_the_minutes_of_the_notebooks():
+    rows = re.findall(r"^\| (\w+) · .*? \| (\d+) \| (\d+|–) \|", (ROOT / "TEACHING.md").read_text(), re.M)
+    told = {
+        number: (int(reading), 0 if practice == "–" else int(practice)) for number, reading, practice in rows
+    }
+    found = {}
+    for path in all_notebooks():
+        number = path.stem.split("_")[0].lstrip("0")
+        reading = sum(s.minutes for s in sections(nbformat.read(path, as_version=4)) if s.main)
+        practice = [one.minutes for key, one in exercises().items() if key.split(".")[0] == number]
+        found[number] = reading, sum(practice)
+    assert told == {number: found[number] for number in told}
+    assert set(told) >= {"1", "2", "3", "4", "5", "5b", "6", "7", "8"}
