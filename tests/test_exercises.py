@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from notebook_tools import NOTEBOOKS, all_notebooks
 
 from oasis_helpers import exercises as course
-from oasis_helpers.exercises import KINDS, Exercise, Wrong, compare, exercise, exercises
+from oasis_helpers.exercises import KINDS, Exercise, Wrong, compare, exercise, exercises, nb10
 from oasis_helpers.exercises.editions import deck, make_editions, solved
 
 ALL = {path.stem: nbformat.read(path, as_version=4) for path in all_notebooks()}
@@ -44,8 +44,11 @@ def _of(name):
 @pytest.mark.parametrize("name", WITH)
 def test_each_notebook_has_exercises_of_every_kind(name):
     found = _of(name)
-    assert len(found) >= 4
-    assert {one.kind for one in found} == set(KINDS)
+    if name == "10_break_it":  # a fault is found and named, eight times
+        assert [one.kind for one in found] == ["diagnosis"] * 8
+    else:
+        assert len(found) >= 4
+        assert {one.kind for one in found} == set(KINDS) - {"diagnosis"}
     for one in found:
         assert 2 <= one.minutes <= 60
         assert len(one.hints) >= 2
@@ -115,6 +118,27 @@ def test_a_notebook_asks_before_and_after(name):
             right = [said for _, said in answers if said.strip().startswith("Right: ")]
             assert len(right) == 1, question
             assert all(len(said.split()) >= 5 for _, said in answers), "each answer is explained"
+
+
+def test_each_planted_fault_is_another_and_on_the_list():
+    planted = list(nb10.PLANTED.values())
+    assert len(set(planted)) == 8
+    assert set(planted) < set(nb10.FAULTS)
+    assert len(nb10.FAULTS) == 12
+    with pytest.raises(ValueError, match="there is no run 'Z'"):
+        nb10.run("Z")
+
+
+def test_a_diagnosis_is_a_name_of_the_list():
+    assert "'bad luck' is not on the list: wrong range, " in said("10.1", lambda: "bad luck")
+
+
+@pytest.mark.parametrize("letter", nb10.LETTERS)
+def test_every_other_fault_is_spoken_against(letter):
+    key = f"10.{nb10.LETTERS.index(letter) + 1}"
+    for name in nb10.FAULTS:
+        printed = said(key, lambda name=name: name)
+        assert printed.startswith("✓ " if name == nb10.PLANTED[letter] else f"✗ {key}: {name} does not fit: ")
 
 
 # ---- the checks themselves ----------------------------------------------------------------------

@@ -57,6 +57,7 @@ def test_the_series_is_complete():
         "06_evaluation",
         "07_guidance",
         "08_stable_diffusion",
+        "10_break_it",
     ]
 
 

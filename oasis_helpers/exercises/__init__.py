@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from ..widgets import DRIVE
 
-KINDS = ("line", "function", "experiment", "open")
+KINDS = ("line", "function", "experiment", "open", "diagnosis")
 NOTEBOOKS = ("01", "02", "03", "04", "05", "05b", "06", "07", "08", "10")
 
 
@@ -40,10 +40,10 @@ class Unfilled(Exception):
 class Exercise:
     """One exercise.
 
-    ``key`` is "2.1" for the first of notebook 2; ``kind`` one of "line", "function", "experiment", "open";
-    ``minutes`` what it takes. ``diagnose(*answer)`` returns a sentence on a right answer and raises
-    :class:`Wrong` otherwise. ``solution`` is a function of the name that the stub has, ``prediction`` the
-    right one where the stub asks for one first. ``wrong`` are answers as ``diagnose`` takes them, each with a
+    ``key`` is "2.1" for the first of notebook 2; ``kind`` one of :data:`KINDS`: "diagnosis" asks for a
+    fault's name; ``minutes`` what it takes. ``diagnose(*answer)`` returns a sentence on a right answer and
+    raises :class:`Wrong` otherwise. ``solution`` is a function of the stub's name, ``prediction`` the right
+    one where the stub asks for one first. ``wrong`` are answers as ``diagnose`` takes them, each with a
     part of the message that it must get. ``picture(*answer)`` draws what a right answer gives.
     """
 
