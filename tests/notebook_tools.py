@@ -233,7 +233,6 @@ def kernel_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"),
         "OMP_WAIT_POLICY": "PASSIVE",
         DRIVE: "1",
-        "OASIS_TEST": "1",  # read by notebooks 5, 5b and 7, until they leave their threads to this, too
         "HF_HUB_OFFLINE": "1",
     }
 
