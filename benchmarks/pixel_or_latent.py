@@ -4,10 +4,10 @@
 phantoms ROOT --cases 302 35 17``); the reader of ``reader.py`` is trained into the folder OUT the first time.
 The seconds of a training step of the autoencoder, of the latent model and of a model of the 256×256 pixels
 are measured here, one after the other. The pixel model is the same U-Net, told the same phrases by the same
-loop; its pixels are folded 4×4, so that its first layer has 64×64 places and not the 32×32 of the latents (as
-deep as the folding can go before the patches are larger than the finest sulci), and its schedule is shifted
-for the size. It is trained for as many steps as fit into the seconds that *both* halves that ship need. Both
-are judged by samples for the same prompts, as in ``prompts.py``. ``--speeds`` measures only seconds a sample
+loop; its pixels are folded 4×4, so that its first layer has 64×64 places where that of the latents has 32×32,
+and its schedule is shifted for the size. It is trained for as many steps as fit into the seconds that *both*
+halves that ship need. Both are judged by samples for the same prompts, as in ``prompts.py``.
+``--speeds`` measures only seconds a sample
 and memory on two threads of the CPU.
 """
 

@@ -699,27 +699,16 @@ def test_weightings_are_whole(module):
     assert all(d["low"] < 0 < d["high"] for d in result["KID above the one that ships"].values())
 
 
-def test_readme_has_the_speeds():
-    result = _recorded("networks")
+@pytest.mark.parametrize(("recorded", "where"), [("networks", ""), ("networks_gpu", ", H100")])
+def test_readme_has_the_speeds(recorded, where):
+    result = _recorded(recorded)
     for name, network in NETWORKS.items():
         speeds = [
             result[precision][network][f"{what}, times the best peer"]
             for what in ("training", "sampling")
             for precision in ("fp32", "bf16")
         ]
-        for cell, speed in zip(_row(README, name, 4), speeds):
-            _says(cell, speed)
-
-
-def test_readme_has_the_speeds_on_a_gpu():
-    result = _recorded("networks_gpu")
-    for name, network in NETWORKS.items():
-        speeds = [
-            result[precision][network][f"{what}, times the best peer"]
-            for what in ("training", "sampling")
-            for precision in ("fp32", "bf16")
-        ]
-        for cell, speed in zip(_row(README, f"{name}, H100", 4), speeds):
+        for cell, speed in zip(_row(README, f"{name}{where}", 4), speeds, strict=True):
             _says(cell, speed)
 
 

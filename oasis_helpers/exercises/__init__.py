@@ -182,7 +182,7 @@ def passed() -> set[str]:
     """Keys of the exercises that passed on this computer."""
     try:
         return set(json.loads(progress_file().read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):  # none yet, or damaged: then it begins anew
         return set()
 
 

@@ -112,7 +112,7 @@ def _farthest(t, one, other):
     return int((other.snr() - one.snr()[t]).abs().argmax())
 
 
-def _by_abar(t, one, other):
+def _by_beta(t, one, other):
     return int((other.betas - one.betas[t]).abs().argmin())
 
 
@@ -256,7 +256,7 @@ EXERCISES = (
         wrong=(
             (("the same", _same_t), "which you give, has"),
             (("different", _farthest), "where the two are nearest"),
-            (("the same", _by_abar), "where the two are nearest"),
+            (("the same", _by_beta), "where the two are nearest"),
         ),
     ),
     Exercise(

@@ -335,7 +335,8 @@ def _grid(letter: str, runs: dict[str, Run], columns: int) -> Figure:
         for name, row in zip(names, _rows(letter, one)):
             pictures += [*row]
             titles += [f"{name}{said}" if name != "sample" else f"run {letter}{said}"] * len(row)
-    return plots.grid(pictures, columns, titles, 1.7, "synthetic – not for diagnosis")
+    window = plots.WHOLE if letter == "D" else plots.BRAIN  # what is wrong with D is brighter than a brain
+    return plots.grid(pictures, columns, titles, 1.7, "synthetic – not for diagnosis", window=window)
 
 
 def curve(letter: str) -> Figure:

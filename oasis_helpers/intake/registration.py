@@ -45,9 +45,8 @@ def need_simpleitk():
         import SimpleITK
     except ImportError:
         raise ValueError(
-            "Volumes are registered by SimpleITK, which is not installed: pip install "
-            "'oasis_helpers[volumes]', or "
-            "pip install SimpleITK."
+            "Volumes are registered by SimpleITK, which is not installed: pip install SimpleITK, or "
+            "pip install -e '.[volumes]' in the project's folder."
         ) from None
     return SimpleITK
 

@@ -134,9 +134,8 @@ def _make(scans: list[Scan], least: float) -> _Made:
             fit, note = _fitted(volume, least)
             if fit.similarity < least:
                 raise ScanUnusable(
-                    f"its similarity with the template is {fit.similarity:.2f}, below {least:g}: is "
-                    "it a T1 volume of "
-                    "a whole head? If so, take it with a lower --least-similarity"
+                    f"its similarity with the template is {fit.similarity:.2f}, below {least:g}: is it a T1 "
+                    "volume of a whole head? If so, take it with a lower --least-similarity"
                 )
             planes = np.clip(course_planes(volume.values, fit.matrix, order=3), 0, volume.values.max())
             images = [png_bytes(pad(_scaled(planes[:, :, k], f"slice {k}"))) for k in range(PLANES)]
@@ -274,13 +273,10 @@ def convert_volumes(
             if found.scan is None:
                 continue
             case = _case_of(subject, known)
-            split = (
-                before[case].split
-                if case in before
-                else split_of(case)
-                if case < 10_000
-                else _next_split(rows)
-            )
+            if case in before:
+                split = before[case].split
+            else:  # OASIS-1 has the course's splits
+                split = split_of(case) if case < 10_000 else _next_split(rows)
             row = write_case(root, case, split, found.images, found.masks)
             file = found.scan.path.relative_to(source if source.is_dir() else source.parent).as_posix()
             known[subject] = VolumeRow(case, subject, file, round(found.fit.similarity, 4), found.fit.axes)
@@ -306,14 +302,13 @@ def _summary(root: Path, rows: dict[int, CaseRow], made: dict[int, VolumeRow]) -
     worst = min((made[c] for c in rows if c in made), key=lambda r: r.similarity)
     yield (
         f"similarity with the template: {root / 'volumes.csv'} has each; the lowest is "
-        f"{worst.similarity:.2f} "
-        f"(case {worst.case}, {worst.file})"
+        f"{worst.similarity:.2f} (case {worst.case}, {worst.file})"
     )
     if bare := [case for case, row in sorted(rows.items()) if not row.masks]:
         yield (
-            f"{len(bare)} cases have no masks (the first is {bare[0]}): what needs tissues will say "
-            "so. A segmentation "
-            "beside a volume becomes its masks: NAME_seg, NAME_pveseg, NAME_fseg (FSL) or NAME_dseg (BIDS)"
+            f"{len(bare)} cases have no masks (the first is {bare[0]}): what needs tissues will say so. A "
+            "segmentation beside a volume becomes its masks: NAME_seg, NAME_pveseg, NAME_fseg (FSL) or "
+            "NAME_dseg (BIDS)"
         )
     for split in SPLITS:
         if not any(row.split == split for row in rows.values()):
