@@ -8,17 +8,13 @@ import re
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from notebook_tools import NOTEBOOKS, all_notebooks
+from notebook_tools import all_notebooks
 
 from oasis_helpers import exercises as course
 from oasis_helpers.exercises import KINDS, Exercise, Wrong, compare, exercise, exercises, nb10
 from oasis_helpers.exercises.editions import deck, make_editions, solved
 
 ALL = {path.stem: nbformat.read(path, as_version=4) for path in all_notebooks()}
-# They have no exercises with stubs yet.
-YET_TO_FOLLOW = {name for name in ALL if not (NOTEBOOKS.parent / "oasis_helpers" / "exercises" /
-                                              f"nb{name.split('_')[0]}.py").exists()}  # fmt: skip
-WITH = [name for name in ALL if name not in YET_TO_FOLLOW]
 WRONG = [(key, number) for key, one in exercises().items() for number in range(len(one.wrong))]
 
 
@@ -41,7 +37,7 @@ def _of(name):
     return [one for key, one in exercises().items() if key.split(".")[0] == number]
 
 
-@pytest.mark.parametrize("name", WITH)
+@pytest.mark.parametrize("name", ALL)
 def test_each_notebook_has_exercises_of_every_kind(name):
     found = _of(name)
     if name == "10_break_it":  # a fault is found and named, eight times
@@ -88,7 +84,7 @@ def test_a_stub_gets_help(key):
     assert key not in course.passed()
 
 
-@pytest.mark.parametrize("name", WITH)
+@pytest.mark.parametrize("name", ALL)
 def test_a_notebook_holds_a_stub_for_each_exercise_and_its_minutes(name):
     cells = ALL[name].cells
     for one in _of(name):
@@ -104,7 +100,7 @@ def test_a_notebook_holds_a_stub_for_each_exercise_and_its_minutes(name):
         assert output.text.startswith(f"{one.key} waits for you"), output.text
 
 
-@pytest.mark.parametrize("name", WITH)
+@pytest.mark.parametrize("name", ALL)
 def test_a_notebook_asks_before_and_after(name):
     text = "\n".join(c.source for c in ALL[name].cells if c.cell_type == "markdown")
     parts = re.findall(r"^## Quiz: (.+?)$(.*?)(?=^## |\Z)", text, re.M | re.S)
@@ -227,7 +223,7 @@ def test_the_students_edition_gives_nothing_away(made):
             assert one.source not in "\n".join(cell.source for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("name", WITH)
+@pytest.mark.parametrize("name", ALL)
 def test_the_instructors_edition_is_solved_where_it_stands(name, made, monkeypatch, capsys):
     """A solution is run behind the notebook's set-up cell alone, with the names that cell has."""
     monkeypatch.setenv("OASIS_DRIVE_CONTROLS", "1")

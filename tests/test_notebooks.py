@@ -29,8 +29,6 @@ from PIL import Image
 
 from oasis_helpers import plots
 
-# They have the shape of before: longer than an hour, with plumbing, and without links to the glossary.
-YET_TO_FOLLOW = {"04_gpu_training"}
 ALL = {path.stem: nbformat.read(path, as_version=4) for path in all_notebooks()}
 
 
@@ -136,7 +134,7 @@ def test_it_teaches_as_promised(name):
 PLUMBING = re.compile(r"OASIS_TEST|\.check\(\)|fmt: (skip|off)|noqa|set_num_threads|needs_whole_cases")
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in YET_TO_FOLLOW])
+@pytest.mark.parametrize("name", ALL)
 def test_it_fills_an_hour_and_shows_no_plumbing(name, capsys):
     found = sections(ALL[name])
     main = [section for section in found if section.main]
@@ -159,7 +157,7 @@ def _glossary():
     return re.findall(r'<a id="([\w-]+)"></a>', text), text
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in YET_TO_FOLLOW])
+@pytest.mark.parametrize("name", ALL)
 def test_terms_are_linked_to_the_glossary(name):
     anchors, _ = _glossary()
     assert len(anchors) == len(set(anchors))
