@@ -36,7 +36,7 @@ heads: phantoms ## make the fresh heads that samples are compared with (once, so
 lab: $(READY) ## open the series in JupyterLab; PORT=8889 for another port, HEADLESS=1 for no browser
 	$(PY) -m oasis_helpers lab --port $(PORT) $(if $(HEADLESS),--headless)
 
-test: $(READY) ## unit tests, then every notebook against its stored outputs
+test: $(READY) ## unit tests, and every notebook against its stored outputs
 	$(PY) -m oasis_helpers test
 
 course: $(READY) ## student and instructor editions and slides, in build/course

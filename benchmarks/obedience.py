@@ -131,10 +131,11 @@ def summary(asked: Tensor, measured: Tensor, fresh: Tensor) -> dict[str, dict[st
 
 def with_intervals(figures: Callable[[Tensor], dict[str, float]], count: int) -> dict[str, float]:
     """What a function of rows finds in all ``count`` of them, with the interval of each figure."""
-    found = figures(torch.arange(count))
+    found, drawn = figures(torch.arange(count)), []
+    bootstrap(lambda rows: drawn.append(figures(rows)) or 0.0, range(count), rounds=ROUNDS)
     for name in [*found]:
-        low, high = bootstrap(lambda rows, n=name: figures(rows)[n], range(count), rounds=ROUNDS)
-        found |= {f"{name}, low": low, f"{name}, high": high}
+        low, high = np.quantile([draw[name] for draw in drawn], [0.025, 0.975])
+        found |= {f"{name}, low": float(low), f"{name}, high": float(high)}
     return {name: round(value, 4) for name, value in found.items()}
 
 

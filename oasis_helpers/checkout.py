@@ -36,18 +36,17 @@ def open_lab(port: int = 8888, browser: bool = True) -> int:
 
 
 def run_tests() -> int:
-    """Unit tests, then every notebook against its stored outputs; returns an exit code, 0 if all passed."""
+    """Unit tests, and every notebook against its stored outputs; returns an exit code, 0 if all passed."""
     notebooks()
     make_phantoms(phantom_cache())  # now, for two processes that find none would both begin
     fresh_heads()
     # One thread a process: two torch processes with two threads each on two cores wait for each other.
     quiet = {"OMP_NUM_THREADS": 1, "OMP_WAIT_POLICY": "PASSIVE"}
+    # A file is run by one process; all in one command, so that no core waits for the last file of a kind.
     pair = ["-n", "2", "--dist", "loadfile"]
     coverage = ["--cov=oasis_helpers", "--cov-report=term", "--cov-fail-under=90"]
     strict = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=600"]
-    return _run("pytest", "tests", *pair, *coverage, **quiet) or _run(
-        "pytest", "notebooks", *strict, *pair, **quiet
-    )
+    return _run("pytest", "tests", "notebooks", *strict, *pair, *coverage, "--durations=25", **quiet)
 
 
 def _run(module: str, *arguments: str, **environment: object) -> int:

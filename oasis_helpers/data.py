@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 from tqdm.auto import tqdm
 
 from .intake.check import DatasetReport, check_dataset
@@ -168,20 +168,19 @@ def _and_more(items: list) -> str:
 # ---- transforms and loading -----------------------------------------------------------------
 
 
-def slice_transform(image_size: int) -> transforms.Compose:
-    """PIL slice → float tensor (1, image_size, image_size) in [−1, 1].
+MIDDLE = 208  # the scan fills 176×208 of the 256×256; the rest is padding, a third of a small network's work
 
-    Cuts the middle 208×208 pixels first: the scan fills 176×208 of the 256×256, the rest is
-    padding on which a small network would spend a third of its work.
-    """
-    return transforms.Compose(
-        [
-            transforms.CenterCrop(208),
-            transforms.Resize(image_size, antialias=True),
-            transforms.ToTensor(),
-            transforms.Normalize(0.5, 0.5),
-        ]
-    )
+
+def slice_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
+    """PIL slice → its middle 208×208 pixels as a float tensor (1, image_size, image_size) in [−1, 1]."""
+    return partial(_cut_and_scaled, image_size=image_size)
+
+
+def _cut_and_scaled(picture: Image.Image, image_size: int) -> Tensor:
+    left, top = ((side - MIDDLE) // 2 for side in picture.size)
+    middle = picture.crop((left, top, left + MIDDLE, top + MIDDLE))
+    scaled = middle.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return to_unit_range(torch.from_numpy(np.array(scaled))[None])
 
 
 @dataclass(frozen=True)
@@ -267,11 +266,12 @@ def _greys(paths: list[Path], image_size: int) -> Tensor:
 
 
 def _classes(paths: list[Path], image_size: int) -> Tensor:
-    shrink = transforms.Compose([transforms.CenterCrop(208), transforms.Resize(image_size, antialias=True)])
     masks = torch.empty((len(paths), image_size, image_size), dtype=torch.uint8)
     for i, path in enumerate(tqdm(paths, desc="masks", unit="slice", disable=len(paths) < 2000)):
-        shares = shrink(F.one_hot(_read_mask(path), len(TISSUES)).permute(2, 0, 1).float())
-        masks[i] = shares.argmax(0)
+        of_class = F.one_hot(_read_mask(path), len(TISSUES)).permute(2, 0, 1).float()
+        top, left = ((side - MIDDLE) // 2 for side in of_class.shape[1:])
+        middle = of_class[None, :, top : top + MIDDLE, left : left + MIDDLE]
+        masks[i] = F.interpolate(middle, image_size, mode="bilinear", antialias=True)[0].argmax(0)
     return masks
 
 

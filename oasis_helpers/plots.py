@@ -283,7 +283,7 @@ def noising_panel(x0: Tensor, noise: Tensor, schedule, t: int, name: str = "") -
     """A slice at timestep t: the image, its histogram, and where t lies on ᾱ and the SNR."""
     x_t = schedule.q_sample(x0, t, noise)
     ((array, times),) = _enlarged([x_t], 2.0)
-    side, plot, room = times * array.shape[1], 340, 90
+    side, plot, room = times * array.shape[1], 340, 100
     figure = _sheet(side + 3 * (plot + room) + LINE, LINE + side + 2.5 * LINE)
     _words(figure, side / 2, 2, f"{name}, t = {t}" if name else f"t = {t}")
     _picture(figure, 0, LINE, array, times, window_at(schedule, t))
@@ -300,9 +300,9 @@ def noising_panel(x0: Tensor, noise: Tensor, schedule, t: int, name: str = "") -
     for axis, curve, label in ((alpha, schedule.alphas_cumprod, "ᾱ"), (snr, schedule.snr(), "SNR")):
         axis.plot(steps, curve.numpy(), color=BLUE)
         axis.plot([t], [float(curve[t])], "o", color=ORANGE)
-        axis.set(title=f"{label} = {float(curve[t]):.3g}", xlabel="t")
+        axis.set(title=f"{label} = {float(curve[t]):.4g}", xlabel="t")
     snr.set_yscale("log")
-    snr.set_ylim(min(1e-5, float(schedule.snr().min()) / 2), 1e5)
+    snr.set_ylim(min(1e-9, float(schedule.snr().min()) / 2), 1e5)
     return figure
 
 
@@ -354,11 +354,12 @@ def png(figure: Figure) -> bytes:
 def film_strip(frames: Sequence[bytes], columns: int) -> bytes:
     """PNG frames pasted into rows of ``columns``: what a moving picture is where nothing can move."""
     opened = [Image.open(io.BytesIO(frame)).convert("RGB") for frame in frames]
-    width, height = max(i.width for i in opened), max(i.height for i in opened)
-    rows = -(-len(opened) // columns)
-    sheet = Image.new("RGB", (width * columns, height * rows), "white")
-    for index, frame in enumerate(opened):
-        sheet.paste(frame, (index % columns * width, index // columns * height))
+    rows = [opened[first : first + columns] for first in range(0, len(opened), columns)]
+    width, heights = max(i.width for i in opened), [max(i.height for i in row) for row in rows]
+    sheet = Image.new("RGB", (width * columns, sum(heights)), "white")
+    for number, row in enumerate(rows):
+        for column, frame in enumerate(row):
+            sheet.paste(frame, (column * width, sum(heights[:number])))
     buffer = io.BytesIO()
     _with_few_colours(sheet).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -19,8 +19,10 @@ class Live(ipywidgets.VBox):
     ``draw(**values)`` returns a Figure for the value of each of ``controls``, ipywidgets by
     name. ``strip`` lists the values of a few frames: they are the film strip shown where no
     kernel runs (GitHub, HTML). ``alt`` says in words what there is to see. ``play`` names an
-    integer slider that gets a play button. Where the environment has ``OASIS_DRIVE_CONTROLS``, as the tests
-    of the notebooks have, every control is moved by :meth:`check` before the picture is shown.
+    integer slider that gets a play button. A ValueError of ``draw`` after a control was moved, such as one
+    about a word that was typed, is said below the controls, and the picture stays. Where the environment has
+    ``OASIS_DRIVE_CONTROLS``, as the tests of the notebooks have, every control is moved by :meth:`check`
+    before the picture is shown.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Live(ipywidgets.VBox):
         self._frames: dict[tuple, bytes] = {}  # a slider moved back and forth draws once
         # Inside a box an image stretches unless it is told where to stay.
         self.image = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start"))
+        self.said = ipywidgets.Label(layout=ipywidgets.Layout(display="none"))
         bar = list(controls.values())
         if play is not None:
             slider = controls[play]
@@ -49,10 +52,11 @@ class Live(ipywidgets.VBox):
             )
             ipywidgets.jslink((button, "value"), (slider, "value"))
             bar.append(button)
-        super().__init__([ipywidgets.HBox(bar), self.image])
+        wrapped = ipywidgets.Layout(flex_flow="row wrap")  # six controls are wider than a page
+        super().__init__([ipywidgets.HBox(bar, layout=wrapped), self.said, self.image])
+        self.image.value = self._frame(self.values)
         for control in controls.values():
             control.observe(self._follow, "value")
-        self._follow()
 
     @property
     def values(self) -> dict:
@@ -67,8 +71,12 @@ class Live(ipywidgets.VBox):
             self._frames[key] = png(self.draw(**values))
         return self._frames[key]
 
-    def _follow(self, change=None) -> None:
-        self.image.value = self._frame(self.values)
+    def _follow(self, change) -> None:
+        self.said.value, self.said.layout.display = "", "none"
+        try:
+            self.image.value = self._frame(self.values)
+        except ValueError as error:
+            self.said.value, self.said.layout.display = str(error), None
 
     def check(self) -> str:
         """Move every control to its ends and its middle; fail unless the picture follows.
@@ -82,6 +90,8 @@ class Live(ipywidgets.VBox):
             positions = _positions(control)
             for position in positions:
                 control.value = position
+                if self.said.value:
+                    raise AssertionError(f"control {name!r} at {position!r}: {self.said.value}")
                 pictures.append(self.image.value)
             control.value = before
             if len(set(pictures)) != len(positions):

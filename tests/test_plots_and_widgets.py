@@ -286,6 +286,12 @@ def test_film_strip_holds_every_frame():
     assert abs(strip - wanted).max() < 12  # few colours, but the same picture
 
 
+def test_a_row_of_a_film_strip_is_as_high_as_its_own_frames():
+    frames = [plots.png(Figure(figsize=(1, height), dpi=plots.DPI)) for height in (1, 1, 2, 1)]
+    strip = _decoded(plots.film_strip(frames, 2))
+    assert strip.shape[:2] == (3 * plots.DPI, 2 * plots.DPI)
+
+
 def test_a_film_strip_keeps_the_colours_of_tissues():
     """Three small squares in a legend, beside a picture of a thousand other colours."""
     generator = torch.Generator().manual_seed(0)
@@ -352,6 +358,27 @@ def test_an_error_at_one_end_is_raised():
 
     with pytest.raises(RuntimeError, match="at the end"):
         _live(draw).check()
+
+
+def test_a_mistake_of_the_reader_is_said_and_the_picture_stays(capsys):
+    def draw(words):
+        if "cat" in words:
+            raise ValueError("'cat' is not a word of the grammar")
+        return _draw(words)
+
+    live = Live(draw, "what was typed", [], words=ipywidgets.Combobox(value="a", options=("b", "c", "d")))
+    before = live.image.value
+    live.controls["words"].value = "a cat"
+    assert (live.said.value, live.said.layout.display) == ("'cat' is not a word of the grammar", None)
+    assert live.image.value == before
+    live.controls["words"].value = "b"
+    assert (live.said.value, live.said.layout.display) == ("", "none")
+    assert live.image.value != before
+    assert live.check() == "the picture follows words at b, c, d"
+    live.controls["words"].options = ("b", "cat", "d")
+    with pytest.raises(AssertionError, match="'words' at 'cat': 'cat' is not a word"):
+        live.check()
+    assert not capsys.readouterr().err  # ipywidgets prints what a callback raises
 
 
 def test_a_control_under_test_is_driven_when_it_is_shown(monkeypatch):

@@ -167,7 +167,13 @@ import sys
 import oasis_helpers.__main__, oasis_helpers.intake.convert, oasis_helpers.intake.phantoms
 assert "torch" not in sys.modules
 sys.modules.update(dict.fromkeys(["accelerate", "IPython", "ipywidgets", "nilearn"]))  # fail if imported
-import oasis_helpers.evaluation, oasis_helpers.training, oasis_helpers.sampling
+import oasis_helpers.training, oasis_helpers.sampling
+for name in ("IPython", "ipywidgets"):
+    del sys.modules[name]
+from oasis_helpers.exercises import exercise
+exercise("4.1")
+assert "torchvision" not in sys.modules  # half of the seconds that a notebook needs to begin
+import oasis_helpers.evaluation
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

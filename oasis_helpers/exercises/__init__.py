@@ -153,24 +153,26 @@ def compare(found, wanted, what: str, mistakes: Mapping[str, object] = {}, toler
 
 
 @cache
+def _of(number: str) -> dict[str, Exercise]:
+    """The exercises of one notebook: the others' modules, which import more, are left alone."""
+    if not (Path(__file__).parent / f"nb{number}.py").exists():
+        return {}
+    return {one.key: one for one in import_module(f"{__name__}.nb{number}").EXERCISES}
+
+
+@cache
 def exercises() -> dict[str, Exercise]:
     """All exercises by key, in the order of the notebooks."""
-    here = Path(__file__).parent
-    found = [
-        one
-        for number in NOTEBOOKS
-        if (here / f"nb{number}.py").exists()
-        for one in import_module(f"{__name__}.nb{number}").EXERCISES
-    ]
-    return {one.key: one for one in found}
+    return {key: one for number in NOTEBOOKS for key, one in _of(number).items()}
 
 
 def exercise(key: str) -> Exercise:
     """The exercise with this key. ValueError, with the keys of its notebook, if there is none."""
-    if key not in exercises():
-        near = [known for known in exercises() if known.split(".")[0] == key.split(".")[0]] or [*exercises()]
-        raise ValueError(f"there is no exercise {key!r}: there are {', '.join(near)}.")
-    return exercises()[key]
+    of = [number for number in NOTEBOOKS if number.lstrip("0") == key.split(".")[0]]
+    known = _of(of[0]) if of else exercises()
+    if key not in known:
+        raise ValueError(f"there is no exercise {key!r}: there are {', '.join(known or exercises())}.")
+    return known[key]
 
 
 def progress_file() -> Path:
