@@ -43,6 +43,22 @@ def mask_name(case: int, index: int) -> str:
     return f"seg_{case:03d}_slice_{index}.nii.png"
 
 
+_CLUTTER = re.compile(
+    r"(?:^|/)(?:\._[^/]*|__MACOSX|Icon[\r\n]+|Thumbs\.db|ehthumbs(?:_vista)?\.db|desktop\.ini|\$RECYCLE\.BIN"
+    r"|System Volume Information|@eaDir|lost\+found|thumbcache_[^/]*\.db|\.directory|\.hidden|\.localized"
+    r"|\.DS_Store|\.AppleDouble|\.AppleDB|\.LSOverride|\.apdisk|\.VolumeIcon\.icns|\.com\.apple\.[^/]*"
+    r"|\.Spotlight-V100|\.TemporaryItems|\.DocumentRevisions-V100|\.fseventsd|\.thumbnails|\.thumb[^/]*|\.cache"
+    r"|\.Trash[^/]*|\.nfs\w+|\.fuse_hidden\w+|\.sync[^/]*|\.dropbox[^/]*|\.picasa[^/]*|Picasa\.ini"
+    r"|\.comments|\.xvpics|\.~lock\.[^/]*#|~\$[^/]*)(?:/|$)",
+    re.IGNORECASE,
+)
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file (its path with ``/``) is one that systems and file managers leave everywhere."""
+    return bool(_CLUTTER.search(name))
+
+
 def slices_in(folder: Path, prefix: str) -> dict[tuple[int, int], Path]:
     """Every file of one kind in ``folder`` by (case, slice), in numeric order."""
     if not folder.exists():

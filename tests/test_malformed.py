@@ -265,7 +265,7 @@ def with_table(content):
 
 TABLE = ["--subjects", "table.csv"]
 COLUMNS = "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR\n"
-BIG = subject_files(1, HEAD, LABELS, scans=3)
+BIG = subject_files(1, HEAD + 1, LABELS, scans=3)
 NOISE = np.random.default_rng(0).integers(0, 256, 2_000_000, dtype=np.uint8).tobytes()
 
 # name of the input: how to make it, what the message says, more arguments
@@ -376,7 +376,7 @@ INPUTS = {
         tree(CASE, **{PNG.replace("train", "test"): CASE[PNG]}),
         "is in test and train; keep it in one",
     ),
-    "png: twice": (tree(CASE, **{f"again/{PNG}": CASE[PNG]}), "is there twice"),
+    "png: twice, and differing": (tree(CASE, **{f"again/{PNG}": png()}), "is there twice"),
     "png: masks without images": (
         tree({n: c for n, c in CASE.items() if "_seg_" in n}),
         "it has masks and no image",

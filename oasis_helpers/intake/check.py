@@ -212,7 +212,7 @@ def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]
             case: (int(row["slices"]), (row["images_sha256"], row["masks_sha256"]))
             for case, row in course_cases().items()
         }
-    from .convert import read_rows  # it needs nibabel, and few need it
+    from .target import read_rows  # few need it
 
     return {case: (row.images, (row.sha256,)) for case, row in read_rows(location.root).items()}
 
@@ -221,7 +221,7 @@ def _without_masks(location: DataLocation) -> set[int]:
     """The cases that a conversion found no segmentation of."""
     if not (location.root / "conversion.csv").exists():
         return set()
-    from .convert import read_rows  # it needs nibabel, and few need it
+    from .target import read_rows  # few need it
 
     return {case for case, row in read_rows(location.root).items() if row.masks == 0}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,13 @@ def write_subjects(root: Path, subjects: dict[int, Subject]) -> None:
     for case, s in sorted(subjects.items()):
         lines.append(f"OAS1_{case:04d}_MR1,{s.sex},{s.age:g},{'' if s.cdr is None else format(s.cdr, 'g')}")
     write_file(root / FILE, ("\n".join(lines) + "\n").encode())
+
+
+def join_subjects(root: Path, people: dict[int, Subject], cases: Iterable[int], table: str) -> list[str]:
+    """Write who the cases of a data set are; a line if ``table`` lacks some of them."""
+    write_subjects(root, {case: people[case] for case in cases if case in people})
+    unknown = sorted(set(cases) - set(people))
+    return [f"{len(unknown)} cases are not in {table}, the first is {unknown[0]}"] if unknown else []
 
 
 def load_subjects(root: str | Path) -> dict[int, Subject] | None:
