@@ -413,7 +413,7 @@ INPUTS = {
     # -- tables of subjects
     "table: missing": (tree(CASE), "is not there", ["--subjects", "other.csv"]),
     "table: spreadsheet": (with_table(b"PK\3\4 xlsx"), "is a spreadsheet", TABLE),
-    "table: not text": (with_table(b"\xff\xfe\0I\0D"), "is not text", TABLE),
+    "table: not text": (with_table(b"\x89PNG\x8d\x81\0\0"), "is not text", TABLE),
     "table: no age": (with_table("ID,M/F,CDR\n"), "has no column Age", TABLE),
     "table: odd id": (with_table(COLUMNS + "sub-01,F,R,70,,,,0\n"), "line 2: ID is 'sub-01'", TABLE),
     "table: odd age": (with_table(COLUMNS + "OAS1_0001_MR1,F,R,old,,,,0\n"), "line 2: Age is 'old'", TABLE),
