@@ -243,16 +243,24 @@ _CONVERT = (
 def locate(root: Path) -> DataLocation:
     """The data set in ``root``, in the extra folder (or doubled folder) inside it, or around a split folder.
 
-    Raises ``FileNotFoundError`` or ``NotADirectoryError`` if there is none.
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` if there is none, ``ValueError`` if phantoms and
+    people are mixed.
     """
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist. Give the folder that holds {DATASET_FOLDER}_train.")
     if root.is_file():
-        raise NotADirectoryError(f"{root} is a file. Give a folder; {_CONVERT.format(root)}")
+        packed = root.suffix.lower() in (".zip", ".gz", ".tgz", ".tar")
+        what = "Unpack it and give the folder" if packed else "Give a folder"
+        raise NotADirectoryError(f"{root} is a file. {what}; {_CONVERT.format(root)}")
     candidate = root.parent if root.name.startswith(f"{DATASET_FOLDER}_") else root
     for _ in range(3):
         if (candidate / f"{DATASET_FOLDER}_train").is_dir():
             is_phantom = (candidate / "phantoms.json").exists()
+            if is_phantom and (candidate / "conversion.json").exists():
+                raise ValueError(
+                    f"{candidate} holds phantoms and converted slices of people (phantoms.json and "
+                    "conversion.json): keep them in two folders."
+                )
             return DataLocation(candidate, "phantoms" if is_phantom else "oasis")
         candidate = candidate / f"{DATASET_FOLDER}_data"
     raise FileNotFoundError(

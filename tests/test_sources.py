@@ -310,6 +310,17 @@ def test_clutter_in_a_tar_refuses_nothing(tmp_path):
     assert convert(write_tar(tmp_path / "d.tar.gz", files), tmp_path / "out").ok
 
 
+def test_slices_without_splits_get_the_courses(tmp_path):
+    files = {}
+    for name, content in course_files({1: "train", 402: "validate"}).items():
+        base = name.rsplit("/", 1)[-1].replace(".nii", "")
+        files[f"{'slices_seg' if base.startswith('seg') else 'slices'}/{base}"] = content
+    report = convert(write_tree(tmp_path / "in", files), tmp_path / "out")
+    assert report.ok, report
+    assert cases_in(tmp_path / "out") == {1: 64, 402: 64}
+    assert len(list((tmp_path / "out" / "keras_png_slices_seg_validate").iterdir())) == 32
+
+
 # ---- honest archives of unusual forms ---------------------------------------------------------------
 
 

@@ -105,10 +105,10 @@ def _first(cases: list[int]) -> str:
 def check_dataset(root: str | Path) -> DatasetReport:
     """Read every file of a data set and report what is wrong with it.
 
-    Looks for missing folders, slices and partners, two files for one slice, PNGs that do not decode, a mode other than
-    L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each
-    case of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``,
-    each case of a converted set with what was converted. Raises as :func:`~oasis_helpers.data.find_data` if
+    Looks for missing folders, slices and partners, two files for one slice, PNGs that do not decode, a mode
+    other than L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each case
+    of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``, each case of a
+    converted set with what was converted. Raises as :func:`~oasis_helpers.data.find_data` if
     there is no data set at ``root``.
     """
     location = locate(Path(root).expanduser())

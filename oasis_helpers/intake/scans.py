@@ -201,7 +201,7 @@ def _loaded_pair(header: Path, image: Path):
     with nibabel.openers.ImageOpener(header) as file:
         is_nifti = file.read(348)[344:] == b"ni1\0"
     kind = nibabel.Nifti1Pair if is_nifti else nibabel.Spm2AnalyzeImage
-    holders = {"header": header, "image": image}
+    holders = {"header": header, "image": image, "mat": header.with_suffix(".mat")}  # the last of SPM
     return kind.from_file_map({k: nibabel.FileHolder(filename=str(p)) for k, p in holders.items()})
 
 

@@ -58,7 +58,7 @@ def read_t88(role: str, files: dict[str, Callable[[], bytes]]) -> np.ndarray:
                 )
         header, content, where = files["hdr"](), files["img"](), f"the .img of the {role}"
     is_nifti = header[344:348] in (b"n+1\0", b"ni1\0")
-    kind = nibabel.Nifti1PairHeader if is_nifti else nibabel.AnalyzeHeader
+    kind = nibabel.Nifti1Pair.header_class if is_nifti else nibabel.AnalyzeHeader
     try:
         parsed = kind(header[:348], check=False)
         shape, dtype = parsed.get_data_shape(), parsed.get_data_dtype()

@@ -43,6 +43,7 @@ from .convert import ConversionReport, _scaled, _Unusable, split_of
 from .phantoms import _CENTRE, _FIRST_Z, _T88_SCALE
 from .registration import Fit, need_simpleitk, register
 from .scans import Scan, ScanUnusable, Volume, find_scans, read_volume
+from .sources import form_of
 from .subjects import join_subjects, read_subjects
 from .target import CaseRow, claimed, finished_bytes
 
@@ -97,7 +98,10 @@ def _fitted(volume: Volume, least: float) -> tuple[Fit, str | None]:
     other = register(volume.values, volume.affine, trusted=False)
     if other.similarity < least:
         return max(fit, other, key=lambda f: f.similarity), None
-    return other, f"its header is wrong about its axes: they run to {other.axes} by what the volume shows"
+    return other, (
+        f"its header is wrong about its axes: they run to {other.axes} by what the volume shows, or to the "
+        "mirror image of that: which side is left no picture tells"
+    )
 
 
 def _masks_of(scan: Scan, volume: Volume, fit: Fit) -> list[bytes]:
@@ -258,6 +262,10 @@ def convert_volumes(
                     report.notes.append(f"{subject} has {len(by_subject[subject])} scans: {file} is taken")
         if people is not None and rows:
             report.notes += join_subjects(root, people, rows, str(subjects))
+        if any(form_of(scan.path.as_posix()) == "3D" for scan in scans):
+            report.notes.append(
+                "this is neurite-oasis's 3D set: its heads are registered as any other volume"
+            )
         report.notes += _summary(root, rows, {row.case: row for row in known.values()})
         if not rows:
             report.left_out.append(f"{source}: no volume could be used")
