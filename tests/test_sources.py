@@ -17,8 +17,8 @@ from oasis_like import course_files, neurite_files, subject_files, write_tar, wr
 from oasis_helpers.__main__ import main
 from oasis_helpers.data import check_dataset
 from oasis_helpers.intake import archives, target
-from oasis_helpers.intake import convert as module
 from oasis_helpers.intake.archives import ArchiveRefused, kind_of, members
+from oasis_helpers.intake.cases import PENDING
 from oasis_helpers.intake.convert import T88, convert
 from oasis_helpers.intake.sources import find_source
 
@@ -62,6 +62,7 @@ BROKEN = {
     "a login page, packed": (lambda p: p.write_bytes(gzip.compress(LOGIN)), "a web page, not an archive"),
     "an error of a server": (lambda p: p.write_text('{"error": "denied"}'), "is a text .*denied.*: log in"),
     "nothing": (lambda p: p.write_bytes(b""), "is empty: download it again"),
+    "a pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a text"),
     "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), "is not a zip, a tar or a tar.gz"),
     "a link": (_link, "holds the link 'link'"),
     "cut": (_cut, "is cut or damaged"),
@@ -73,7 +74,17 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["disc0.tar.gz", "disc2.zip", "deep/er/disc2.TGZ", "disc2.tar.gz (1)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "disc0.tar.gz",
+        "disc2.zip",
+        "deep/er/disc2.TGZ",
+        "disc2.tar.gz (1)",
+        "disc2.tar.gz.part",
+        "disc2.tar.gz.html",
+    ],
+)
 def test_a_login_page_costs_no_other(name, tmp_path, capsys):
     neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441])
     page = tmp_path / "in" / name
@@ -195,7 +206,7 @@ def test_copies_that_differ_are_refused_whichever_is_first(tmp_path):
 
 
 def test_many_interleaved_subjects_come_whole(tmp_path):
-    cases = list(range(1, 2 * module._PENDING))
+    cases = list(range(1, 2 * PENDING))
     files = neurite_files(cases)
     ordered = sorted(files, key=lambda name: name.rsplit("/", 1)[-1])  # all of one kind, then all of another
     report = convert(write_tar(tmp_path / "disc.tar.gz", {n: files[n] for n in ordered}), tmp_path / "out")

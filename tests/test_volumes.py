@@ -240,6 +240,12 @@ def test_the_3d_set_of_neurite_is_named(placed, tmp_path, capsys):
     assert "unpack it and convert the folder" in error
 
 
+def test_an_archive_is_no_volume(tmp_path):
+    (tmp_path / "lab.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(FileNotFoundError, match="Unpack archives"):
+        convert(tmp_path / "lab.zip", tmp_path / "out", "volumes")
+
+
 def test_broken_archives_beside_volumes_are_named(placed, tmp_path):
     save(tmp_path / "in" / "anna.nii.gz", *small())
     (tmp_path / "in" / "more.zip").write_text("<html>log in")

@@ -34,11 +34,7 @@ LARGEST_TOTAL = 256 * 2**30  # bytes unpacked; a disc has about 4 GB, all twelve
 HIGHEST_RATIO = 100  # unpacked to packed; volumes reach 4, PNGs 1
 _RATIO_FROM = 16 * 2**20  # bytes; below this a high ratio does no harm
 _LARGEST_DIRECTORY = 32 * 2**20  # bytes of a zip's table of contents
-_ARCHIVE_NAME = re.compile(
-    r"\.(?:zip|tar|tgz|tar\.\w{1,4}|tbz2?|txz|tzst|7z|rar)"
-    r"(?:\.\d+|\.(?:part|partial|crdownload|download|filepart|tmp|aria2|!ut)|[ _-]?\(\d+\))*$",
-    re.IGNORECASE,
-)
+_ARCHIVE_NAME = re.compile(r"\.(?:zip|tar|tgz|tbz2?|txz|tzst|7z|rar)(?![a-z0-9])[^/]*$", re.IGNORECASE)
 _NONE = "OASIS's archives have no such thing: do not use this one."
 _END, _END_64, _LOCATOR_64, _ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"  # records of a zip
 
@@ -155,7 +151,7 @@ def _damaged(message: Callable[[Exception], str]) -> Iterator[None]:
 
 
 def is_archive_name(name: str) -> bool:
-    """Whether a file is named as an archive, of whatever packer, a copy (``a.zip (1)``) or a part of one."""
+    """Whether a file is named as an archive of any packer, a copy or half a download of one."""
     return bool(_ARCHIVE_NAME.search(name))
 
 

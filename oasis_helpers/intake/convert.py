@@ -27,12 +27,9 @@ Data: Marcus et al. 2007, J. Cogn. Neurosci. 19(9):1498–1507; neurite-oasis: H
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import sys
-import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -51,18 +48,19 @@ from ..layout import (
     WrongMode,
     WrongSize,
     check_space,
-    course_cases,
     image_name,
     mask_name,
     pad,
     png_bytes,
     read_png,
 )
-from .archives import ArchiveDamaged, ArchiveRefused, Member
+from .archives import ArchiveDamaged, ArchiveRefused
+from .cases import Case, Reading, Shelf, split_of
+from .cases import Unusable as _Unusable
 from .scans import ScanUnusable
-from .sources import FORMATS, NAMES, Part, Source, find_source, form_of, passed_over, recognise
+from .sources import FORMATS, Part, Source, find_source, recognise
 from .subjects import join_subjects, read_subjects
-from .t88 import LARGEST, T88, gunzipped, misplaced, read_t88
+from .t88 import T88, gunzipped, misplaced, read_t88
 from .target import CaseRow, Target, claimed, finished_bytes
 
 __all__ = ["FORMATS", "NEURITE", "T88", "ConversionReport", "convert", "recognise", "split_of"]
@@ -71,10 +69,7 @@ VERSION = 1  # raise when the same source would no longer give the same bytes
 FIRST_PLANE = 90 - 17  # of the T88 volume, counted from 0: slice 17 is OASIS's tra_90
 NEURITE = (160, 192)
 _NEURITE_TISSUE = np.array([0, 2, 2, 3, 1], np.uint8)  # background, cortex, deep grey, white, CSF
-# Bytes of one file. A PNG has about 20 kB, a packed neurite slice 25 kB.
-_LARGEST = {"course": 2**20, "oasis1": LARGEST, "neurite": 2**20}
 _LARGEST_NIFTI = 2**22  # bytes unpacked; a neurite slice in float64 has 250 kB
-_PENDING = 24  # subjects of a tar whose first files wait in memory for the last; those of more wait on disk
 # What is wrong with a header is said once, in the report.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
@@ -107,60 +102,6 @@ class ConversionReport:
         return "\n".join([*lines, f'To use it: export OASIS_ROOT="{self.location.root}"'])
 
 
-class _Unusable(ValueError):
-    """One case cannot be used; the others can."""
-
-
-@dataclass
-class _Case:
-    """One subject of a source: by role the copies of each file, with their names, read when needed."""
-
-    case: int
-    parts: dict[tuple, list[tuple[str, Callable[[], bytes]]]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, role: tuple, member: Member, largest: int, read: Callable[[], bytes]) -> None:
-        """Note a file, if it is not too large."""
-        if member.size > largest:
-            size, most = member.size / 1e6, largest / 1e6
-            self.problems.append(f"{member.name} has {size:,.0f} MB; such files have at most {most:,.0f}")
-        else:
-            self.parts.setdefault(role, []).append((member.name, read))
-
-    def read(self, role: tuple) -> bytes:
-        """A file's bytes: of several copies those that can be read must agree."""
-        found, broken = {}, None
-        for name, read in self.parts[role]:
-            try:
-                content = read()
-                if name.lower().endswith(".gz") and role[-1] in ("hdr", "img", "nii"):
-                    content = gunzipped(name, content, LARGEST)
-                found.setdefault(content, name)
-            except (ArchiveDamaged, ScanUnusable, OSError) as error:
-                broken = error
-        if len(found) > 1:
-            one, other = list(found.values())[:2]
-            raise _Unusable(f"{one} is there twice; keep one of the two (they differ, the other is {other})")
-        if not found:
-            raise broken
-        if broken:
-            self.notes.append(f"case {self.case:03d}: {broken}; another copy of it is used")
-        return next(iter(found))
-
-    def is_whole(self, format: str) -> bool:
-        """Whether nothing else of it can be in a tar that comes later."""
-        if format == "neurite":
-            return {("norm",), ("seg4",)} <= self.parts.keys()
-        has = self.parts.keys()
-        return format == "course" or all(
-            (role, "nii") in has or {(role, "hdr"), (role, "img")} <= has for role in ("volume", "mask")
-        )
-
-
-# ---- the files of a source ----------------------------------------------------------------------
-
-
 def _of_another_kind(source: Path, format: str | None) -> str | None:
     """ "nilearn-oasis" or "volumes" if the source is that and none of FORMATS."""
     if format == "volumes":
@@ -180,163 +121,7 @@ def _of_another_kind(source: Path, format: str | None) -> str | None:
     return None
 
 
-def _role(format: str, name: str, stripped: bool) -> tuple[int, tuple] | None:
-    """Case id and role of a file, or None if it is not needed."""
-    match = NAMES[format].search(name)
-    if match is None:
-        return None
-    if format == "course":
-        split, prefix, case, index = match.groups()
-        return int(case), (prefix.lower(), int(index), (split or split_of(int(case))).lower())
-    case, session = int(match[1]), int(match[2])
-    if session != 1:  # a repeat scan of the same person
-        return None
-    if format == "neurite":
-        return case, (match[3].lower(),)
-    wanted = {"masked_gfc" if stripped else "gfc": "volume", "masked_gfc_fseg": "mask"}
-    role = wanted.get(match[3].lower())
-    return (case, (role, match[4].lower())) if role else None
-
-
-class _Shelf:
-    """Bytes that wait in a file without a name, which is gone when the process is."""
-
-    def __init__(self, folder: Path):
-        self._folder, self._file, self._lock = folder, None, threading.Lock()
-
-    def put(self, content: bytes) -> Callable[[], bytes]:
-        """Where to get ``content`` back."""
-        with self._lock:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - as long as this
-            start = self._file.seek(0, io.SEEK_END)
-            self._file.write(content)
-
-        def get() -> bytes:
-            with self._lock:
-                self._file.seek(start)
-                return self._file.read(len(content))
-
-        return get
-
-
-@dataclass
-class _Reading:
-    """The subjects of a source, as its parts are read, and what there is to say about the parts.
-
-    ``rows`` are the cases that are whole and need no reading, more and more of them; ``kept`` those of them
-    that an earlier conversion made.
-    """
-
-    format: str
-    stripped: bool
-    kept: set[int]
-    rows: dict[int, CaseRow]
-    shelf: _Shelf
-    left_out: list[str]
-    notes: list[str]
-    waiting: dict[int, _Case] = field(default_factory=dict)  # of files and zips, for what tars may have
-
-    def _look(self, part: Part) -> Iterator[tuple[int, tuple, Member]]:
-        """The members of a part that are needed, with case and role; then what else it had is told."""
-        forms: dict[str, str] = {}
-        for member in part.members():
-            found = _role(self.format, member.name, self.stripped)
-            if found:
-                forms.setdefault(self.format, member.name)
-                yield *found, member
-            elif form := form_of(member.name):
-                forms.setdefault(form, member.name)
-        for line, is_loss in passed_over(part, forms, self.format):
-            (self.left_out if is_loss else self.notes).append(line)
-        if "phantoms" in forms:
-            raise ArchiveRefused(f"{part.path} is passed over.")
-
-    def indexed(self, parts: list[Part], more_follow: bool) -> Iterator[_Case]:
-        """The subjects of files and zips: names first, bytes later."""
-        for part in parts:
-            try:
-                found = list(self._look(part))
-            except (ArchiveDamaged, ArchiveRefused, OSError) as error:
-                self.left_out.append(str(error))
-                continue
-            for case, role, member in found:
-                if case not in self.rows:
-                    known = self.waiting.setdefault(case, _Case(case))
-                    known.add(role, member, _LARGEST[self.format], member.read)
-        twice = [c for c, case in self.waiting.items() if any(len(p) > 1 for p in case.parts.values())]
-        if twice:
-            self.notes.append(
-                f"{len(twice)} cases are there more than once, the first is {min(twice)}: each is taken "
-                "once, if the copies agree."
-            )
-        for case in sorted(self.waiting):
-            if not more_follow or self.waiting[case].is_whole(self.format):
-                yield self.waiting.pop(case)
-
-    def streamed(self, part: Part, advance: Callable[[int], None]) -> Iterator[_Case]:
-        """The subjects of a tar, each as soon as its files have come by."""
-        pending: dict[int, _Case] = {}
-        given, again, before = set(), [], set()
-        try:
-            for case, role, member in self._look(part):
-                advance(member.position)
-                if self.format == "course":  # all images first, then all masks
-                    self.left_out.append(f"{part.path} holds PNGs in a tar. Unpack it and give the folder.")
-                    return
-                if case in self.rows and case not in given:
-                    before.update({case} - self.kept)
-                    continue
-                if case in given:
-                    again.append(member.name)
-                    continue
-                if case not in pending:
-                    earlier = self.waiting.get(case, _Case(case)).parts
-                    pending[case] = _Case(case, {r: list(copies) for r, copies in earlier.items()})
-                keep = self.shelf.put if len(pending) > _PENDING else _in_memory
-                if member.size <= _LARGEST[self.format]:
-                    pending[case].add(role, member, _LARGEST[self.format], keep(member.read()))
-                else:
-                    pending[case].add(role, member, _LARGEST[self.format], member.read)
-                if pending[case].is_whole(self.format):
-                    given.add(case)
-                    self.waiting.pop(case, None)
-                    yield pending.pop(case)
-        except (ArchiveDamaged, OSError) as error:
-            # What came whole is good. The last subject may not be.
-            self.left_out.append(str(error))
-            pending.clear()
-        for found, what in ((sorted(before), "cases"), (again, "files")):
-            if found:
-                self.notes.append(
-                    f"{part.path} holds {len(found)} {what} once more, the first is {found[0]}: what came "
-                    "before them was taken."
-                )
-        for case in pending:
-            self.waiting.pop(case, None)
-        yield from pending.values()
-
-    def rest(self) -> Iterator[_Case]:
-        """The subjects of files and zips of which no tar had more."""
-        yield from (case for _, case in sorted(self.waiting.items()) if case.case not in self.rows)
-
-
-def _in_memory(content: bytes) -> Callable[[], bytes]:
-    return lambda: content
-
-
 # ---- one case -------------------------------------------------------------------------------------
-
-
-def split_of(case: int) -> str:
-    """The course's split, and for a case it lacks one drawn from its id: 85, 10 and 5 of 100.
-
-    The draw is the SHA-256 of ``OAS1_NNNN``, so it depends on nothing but the id.
-    """
-    if known := course_cases().get(case):
-        return known["split"]
-    draw = int.from_bytes(hashlib.sha256(f"OAS1_{case:04d}".encode()).digest()[:4], "big") % 100
-    return SPLITS[(draw >= 85) + (draw >= 95)]
 
 
 def _course_png(name: str, content: bytes) -> None:
@@ -354,7 +139,7 @@ def _course_png(name: str, content: bytes) -> None:
 _Slices = tuple[str, list[bytes], list[bytes]]  # split, images and masks as PNG, in order
 
 
-def _from_course(case: _Case) -> _Slices:
+def _from_course(case: Case) -> _Slices:
     splits = {split for _, _, split in case.parts}
     if len(splits) > 1:
         raise _Unusable(f"it is in {' and '.join(sorted(splits))}; keep it in one split")
@@ -385,14 +170,14 @@ def _scaled(plane: np.ndarray, name: str) -> np.ndarray:
     return np.round(plane * (255 / plane.max())).astype(np.uint8)
 
 
-def _t88(case: _Case, role: str) -> np.ndarray:
+def _t88(case: Case, role: str) -> np.ndarray:
     def reader(key: tuple) -> Callable[[], bytes]:
         return lambda: case.read(key)
 
     return read_t88(role, {key[1]: reader(key) for key in case.parts if key[0] == role})
 
 
-def _from_oasis1(case: _Case) -> _Slices:
+def _from_oasis1(case: Case) -> _Slices:
     volume, images, masks = _t88(case, "volume"), [], []
     wrong = misplaced(volume, FIRST_PLANE)
     head, neck = ((volume[:, :, part] > volume.max() / 10).mean() for part in (np.s_[-30:], np.s_[:30]))
@@ -433,7 +218,7 @@ def _nifti(name: str, content: bytes) -> np.ndarray:
         raise _Unusable(f"{name} cannot be read ({str(error)[:80]})") from None
 
 
-def _from_neurite(case: _Case) -> _Slices:
+def _from_neurite(case: Case) -> _Slices:
     if ("norm",) not in case.parts:
         raise _Unusable("slice_norm.nii.gz is missing")
     image = _scaled(_nifti("slice_norm.nii.gz", case.read(("norm",))), "slice_norm.nii.gz")
@@ -451,7 +236,7 @@ def _from_neurite(case: _Case) -> _Slices:
 _READERS = {"course": _from_course, "oasis1": _from_oasis1, "neurite": _from_neurite}
 
 
-def _convert_case(target: Target, format: str, case: _Case) -> tuple[_Case, str | None]:
+def _convert_case(target: Target, format: str, case: Case) -> tuple[Case, str | None]:
     """Write one case, or say why not."""
     try:
         if case.problems:
@@ -591,10 +376,10 @@ def _convert_parts(
         def advance(position: int) -> None:
             bar.update(round(100 * (passed + position) / size, 1) - bar.n)
 
-        def make(case: _Case) -> tuple[_Case, str | None]:
+        def make(case: Case) -> tuple[Case, str | None]:
             return _convert_case(target, format, case)
 
-        def convert_all(cases: Iterator[_Case]) -> None:
+        def convert_all(cases: Iterator[Case]) -> None:
             before = set(target.rows)
             try:
                 for case, problem in _in_threads(pool, workers + 2, make, cases):
@@ -606,10 +391,10 @@ def _convert_parts(
                 report.left_out.append(str(error))
                 target.withdraw(set(target.rows) - before)
 
-        reading = _Reading(
-            format, stripped, kept, target.rows, _Shelf(target.root), report.left_out, report.notes
+        reading = Reading(
+            format, stripped, kept, target.rows, Shelf(target.root), report.left_out, report.notes
         )
-        convert_all(reading.indexed(indexed, bool(tars)))
+        convert_all(reading.indexed(indexed, bool(tars), advance))
         passed = sum(part.size for part in indexed)
         for part in tars:
             convert_all(reading.streamed(part, advance))
@@ -632,7 +417,7 @@ def _empty_splits(rows: dict[int, CaseRow]) -> Iterator[str]:
             )
 
 
-def _in_threads(pool: ThreadPoolExecutor, at_once: int, call: Callable, cases: Iterator[_Case]) -> Iterator:
+def _in_threads(pool: ThreadPoolExecutor, at_once: int, call: Callable, cases: Iterator[Case]) -> Iterator:
     """Convert while the next cases are read; the results in order, few cases in memory at a time."""
     running: deque[Future] = deque()
     try:

@@ -98,6 +98,8 @@ def _numbers_as_numbers(path: Path) -> list:
 def find_scans(source: Path) -> list[Scan]:
     """The T1 volumes of a file or folder by subject, first sessions and runs first; maybe none."""
     if source.is_file():
+        if _stem(source) is None:
+            return []
         path = (_kind(source) == "img" and _beside(source, "hdr")) or source
         return [Scan(_subject(source.parent.absolute(), source.absolute()), path, _segmentation(path))]
     found: dict[Path, Path] = {}

@@ -134,7 +134,7 @@ def find_source(path: Path) -> Source:
     for file in walk(path, lambda e: problems.append(f"{e.filename} cannot be read ({e.strerror}).")):
         name = file.relative_to(path.parent).as_posix()
         form = form_of(name)
-        if form is None and file.suffix:
+        if form is None and file.suffix.lower() not in ("", ".gz"):
             continue
         try:
             size = file.stat().st_size
@@ -173,7 +173,7 @@ def passed_over(part: Part, forms: dict[str, str], format: str | None) -> Iterat
     packed = "" if part.kind == "folder" else "unpack it and "
     for form, name in forms.items():
         if form == "archive":
-            yield f"{part.path} holds {name}: unpack it once and give the folder.", True
+            yield f"{part.path} holds {name}: unpack it once and give the folder.", format not in forms
         elif form == "phantoms":
             yield f"{part.path} holds phantoms ({name}), no people: they need no conversion.", True
         elif format and form in FORMATS and form != format:

@@ -226,7 +226,7 @@ def convert_volumes(
     scans = find_scans(source)
     if not scans:
         raise FileNotFoundError(
-            f"{source} holds no volume: no .nii, .nii.gz, or .hdr with .img, of a T1 scan."
+            f"{source} holds no volume: no .nii, .nii.gz, or .hdr with .img, of a T1 scan. Unpack archives."
         )
     by_subject = {name: list(found) for name, found in groupby(scans, key=lambda s: s.subject)}
     there = 0 if force else finished_bytes(root)
