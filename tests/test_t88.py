@@ -7,18 +7,13 @@ import io
 import nibabel
 import numpy as np
 import pytest
-from oasis_like import analyze, phantom_volume, subject_files, write_tar, write_tree
+from oasis_like import analyze, subject_files, write_tar, write_tree
 
 from oasis_helpers.intake.convert import FIRST_PLANE, convert
 from oasis_helpers.intake.scans import ScanUnusable
 from oasis_helpers.intake.t88 import T88, misplaced, read_t88
 
 LAS = np.diag([-1.0, 1, 1, 1])
-
-
-@pytest.fixture(scope="module")
-def head():
-    return phantom_volume()
 
 
 def packed(content):
