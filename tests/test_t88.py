@@ -10,9 +10,11 @@ import pytest
 from oasis_like import analyze, subject_files, write_tar, write_tree
 
 from oasis_helpers.intake.convert import FIRST_PLANE, convert
+from oasis_helpers.intake.orientation import misplaced
 from oasis_helpers.intake.scans import ScanUnusable
-from oasis_helpers.intake.t88 import T88, misplaced, read_t88
+from oasis_helpers.intake.t88 import T88, read_t88
 
+COURSE = np.s_[FIRST_PLANE : FIRST_PLANE + 32]
 LAS = np.diag([-1.0, 1, 1, 1])
 
 
@@ -147,16 +149,16 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_head_that_lies_wrongly_is_noticed(what, head):
-    assert misplaced(WRONG[what](head[0]), FIRST_PLANE) == what
+    assert misplaced(WRONG[what](head[0]), COURSE) == what
     brain = head[0] * (head[1] > 0)
-    assert misplaced(WRONG[what](brain), FIRST_PLANE) == what
+    assert misplaced(WRONG[what](brain), COURSE) == what
 
 
 def test_a_head_that_lies_well_is_not(head):
-    assert misplaced(head[0], FIRST_PLANE) is None
-    assert misplaced(head[0] * (head[1] > 0), FIRST_PLANE) is None
-    assert misplaced(head[0][::-1], FIRST_PLANE) is None  # left and right cannot be told
-    assert misplaced(np.zeros(T88, np.int16), FIRST_PLANE) is None
+    assert misplaced(head[0], COURSE) is None
+    assert misplaced(head[0] * (head[1] > 0), COURSE) is None
+    assert misplaced(head[0][::-1], COURSE) is None  # left and right cannot be told
+    assert misplaced(np.zeros(T88, np.int16), COURSE) is None
 
 
 def test_the_report_says_so_and_what_cannot_be_told(head, tmp_path):

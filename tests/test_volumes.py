@@ -361,6 +361,22 @@ def test_a_header_that_is_wrong_about_its_axes_is_found_out(monkeypatch, tmp_pat
     assert any("its header is wrong about its axes: they run to ASR" in note for note in report.notes)
 
 
+def test_a_fit_that_is_doubtful_is_compared_with_the_other_ways_to_lie(monkeypatch, tmp_path):
+    """A brain mirrored front to back reaches 0.7 as its header has it, and more when nothing is believed."""
+    found = {True: 0.7, False: 0.95}
+
+    def fit(values, affine, *, trusted=True):
+        return Fit(np.linalg.inv(affine), found[trusted], "RAS" if trusted else "LPS")
+
+    monkeypatch.setattr(module, "register", fit)
+    report = convert(save(tmp_path / "a.nii", *small()), tmp_path / "out", workers=1)
+    assert any("they run to LPS" in note and "which side is left" in note for note in report.notes)
+    found[False] = 0.75  # no clear difference
+    report = convert(save(tmp_path / "b.nii", *small()), tmp_path / "out2", workers=1)
+    assert read_volume_rows(tmp_path / "out2")["b"].axes == "RAS"
+    assert not any("header" in note for note in report.notes)
+
+
 def test_the_next_scan_of_a_subject_stands_in_for_a_broken_one(placed, tmp_path):
     values, affine = small()
     save(tmp_path / "in" / "sub-1" / "sub-1_run-1_T1w.nii", np.full_like(values, 7), affine)

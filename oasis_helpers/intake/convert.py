@@ -57,10 +57,11 @@ from ..layout import (
 from .archives import ArchiveDamaged, ArchiveRefused
 from .cases import Case, Reading, Shelf, split_of
 from .cases import Unusable as _Unusable
+from .orientation import misplaced
 from .scans import ScanUnusable
 from .sources import FORMATS, Part, Source, find_source, recognise
 from .subjects import join_subjects, read_subjects
-from .t88 import T88, gunzipped, misplaced, read_t88
+from .t88 import T88, gunzipped, read_t88
 from .target import CaseRow, Target, claimed, finished_bytes
 
 __all__ = ["FORMATS", "NEURITE", "T88", "ConversionReport", "convert", "recognise", "split_of"]
@@ -179,7 +180,7 @@ def _t88(case: Case, role: str) -> np.ndarray:
 
 def _from_oasis1(case: Case) -> _Slices:
     volume, images, masks = _t88(case, "volume"), [], []
-    wrong = misplaced(volume, FIRST_PLANE)
+    wrong = misplaced(volume, np.s_[FIRST_PLANE : FIRST_PLANE + PLANES])
     head, neck = ((volume[:, :, part] > volume.max() / 10).mean() for part in (np.s_[-30:], np.s_[:30]))
     if not wrong and head > 1.5 * neck + 0.02:
         wrong = "upside down, for there is more head above than below"

@@ -1,4 +1,4 @@
-"""OASIS-1's volumes on the Talairach grid, as published or saved again, and how a head lies in one.
+"""OASIS-1's volumes on the Talairach grid, as published or saved again by somebody.
 
 Published is Analyze 7.5 (``.hdr`` + ``.img``), whose header says nothing of the axes that can be trusted;
 the order of the file is taken. People save it again as NIfTI, packed or not. If such a header says where the
@@ -8,11 +8,8 @@ the identity says nothing.
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Callable
-from functools import cache
-from itertools import product
 
 import nibabel
 import numpy as np
@@ -23,9 +20,6 @@ from .scans import ScanUnusable
 T88 = (ROWS, COLS, 176)
 LARGEST = 52 * 2**20  # bytes: a T88 volume in float64 has 52 MB
 _AXES = "LAS"
-_STEP = 4  # mm: blocks whose means are compared with the template
-_CLEARLY = 0.1  # of correlation; phantoms differ by 0.15 and more from their mirror images
-_ONE_LOADS = threading.Lock()
 
 
 def gunzipped(name: str, content: bytes, largest: int) -> bytes:
@@ -98,48 +92,3 @@ def _turned(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
     wanted = nibabel.orientations.axcodes2ornt(_AXES)
     turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), wanted)
     return nibabel.apply_orientation(volume, turn)
-
-
-# ---- how the head lies ----------------------------------------------------------------------------
-
-
-def _blocks(planes: np.ndarray) -> np.ndarray:
-    """Means over 4×4 pixels of planes (176, 208, N)."""
-    rows, cols = planes.shape[0] // _STEP, planes.shape[1] // _STEP
-    return planes.reshape(rows, _STEP, cols, _STEP, -1).mean(axis=(1, 3), dtype=np.float32)
-
-
-@cache
-def _template() -> tuple[np.ndarray, np.ndarray]:
-    """The course's planes of the ICBM 152 brain in blocks, and where it is."""
-    from nilearn.datasets import load_mni152_template  # seconds
-
-    from .volumes import course_planes
-
-    image = load_mni152_template(resolution=1)
-    brain = _blocks(course_planes(np.asarray(image.dataobj), np.linalg.inv(image.affine), order=1))
-    return brain, brain > 0.05
-
-
-def misplaced(volume: np.ndarray, first_plane: int) -> str | None:
-    """How a head lies wrongly in a volume (176, 208, 176), or None; ``first_plane`` is that of slice 0.
-
-    Its planes are compared with the template's (correlation in the brain), as it is, mirrored front to back
-    and top to bottom, and with its first and last axes exchanged. The template is symmetric: left and right
-    cannot be told.
-    """
-    with _ONE_LOADS:
-        brain, near = _template()
-    found = {}
-    for exchanged, backwards, upside_down in product((False, True), repeat=3):
-        turned = volume.transpose(2, 1, 0) if exchanged else volume
-        turned = turned[:, :: -1 if backwards else 1, :: -1 if upside_down else 1]
-        values = _blocks(turned[:, :, first_plane : first_plane + brain.shape[2]])[near]
-        values = np.minimum(values, np.percentile(values, 98))  # fat is brighter than any brain
-        like = np.corrcoef(values, brain[near])[0, 1] if values.std() else 0.0
-        found[exchanged, backwards, upside_down] = like
-    best = max(found, key=found.get)
-    if found[best] < found[False, False, False] + _CLEARLY:
-        return None
-    words = ("with its first and last axes exchanged", "mirrored front to back", "upside down")
-    return " and ".join(word for word, is_so in zip(words, best) if is_so)
