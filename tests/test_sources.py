@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -273,7 +274,8 @@ def test_links_are_followed_and_no_circle_is(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["tree", "zip", "tar"])
-def test_the_case_of_letters_does_not_matter(form, tmp_path):
+def test_the_case_of_letters_does_not_matter(form, monkeypatch, tmp_path):
+    monkeypatch.setattr("oasis_helpers.intake.convert.misplaced", lambda *a: None)  # noise is no head
     volume = np.zeros(T88, np.int16)
     volume[40:120, 60:150] = np.random.default_rng(1).integers(600, 900, (80, 90, T88[2]))
     files = {n.upper(): c for n, c in subject_files(1, volume, (volume > 0).astype(np.uint8)).items()}
@@ -425,20 +427,23 @@ def test_two_conversions_at_once_are_told_apart(tmp_path, capsys):
     assert not half.exists()
 
 
-def test_a_second_process_waits_its_turn(tmp_path):
-    source, out = (
-        write_tree(tmp_path / "c", course_files({c: "train" for c in range(1, 13)})),
-        tmp_path / "out",
-    )
-    command = [sys.executable, "-m", "oasis_helpers", "convert", str(source), str(out), "--workers", "1"]
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in "12"
-    ]
-    ended = [(*process.communicate(), process.returncode) for process in running]
-    assert 0 in [code for *_, code in ended]
-    for _, errors, code in ended:
-        assert code == 0 or "another conversion" in errors
-        assert "Traceback" not in errors
+def test_two_processes_do_not_harm_each_other(tmp_path, capsys):
+    source = write_tree(tmp_path / "c", course_files({c: "train" for c in range(1, 13)}))
+    out = tmp_path / "out"
+    command = ["convert", str(source), str(out), "--workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "oasis_helpers", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as other:
+        while not (out / target.LOCK).exists() and other.poll() is None:
+            time.sleep(0.01)
+        code = main(command)
+        errors = other.communicate()[1]
+    assert code == 0 or "another conversion" in capsys.readouterr().err
+    assert other.returncode == 0 or "another conversion" in errors
+    assert 0 in (code, other.returncode)
     assert cases_in(out) == dict.fromkeys(range(1, 13), 64)
     assert not list(out.glob("*/.*"))
 
