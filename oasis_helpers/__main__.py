@@ -343,7 +343,7 @@ def _add_data_commands(commands) -> None:
         "--format", choices=("course", "oasis1", "neurite", "volumes"), help="instead of recognising it"
     )
     p.add_argument("--stripped", action="store_true", help="OASIS-1: the skull-stripped volume")
-    p.add_argument("--subjects", help="OASIS's own table (CSV), for age, sex and CDR")
+    p.add_argument("--subjects", help="OASIS's own table (CSV or .xlsx), for age, sex and CDR")
     p.add_argument("--agree", action="store_true", help="nilearn-oasis: you agree to OASIS's terms of use")
     p.add_argument(
         "--least-similarity",

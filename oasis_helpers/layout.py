@@ -43,8 +43,32 @@ def mask_name(case: int, index: int) -> str:
     return f"seg_{case:03d}_slice_{index}.nii.png"
 
 
+_CLUTTER = re.compile(
+    r"(?:^|/)(?:\._[^/]*|__MACOSX|Icon[\r\n]+|Thumbs\.db|ehthumbs(?:_vista)?\.db|desktop\.ini|\$RECYCLE\.BIN"
+    r"|System Volume Information|@eaDir|lost\+found|thumbcache_[^/]*\.db|\.directory|\.hidden|\.localized"
+    r"|\.DS_Store|\.AppleDouble|\.AppleDB|\.LSOverride|\.apdisk|\.VolumeIcon\.icns|\.com\.apple\.[^/]*"
+    r"|\.Spotlight-V100|\.TemporaryItems|\.DocumentRevisions-V100|\.fseventsd|\.thumbnails|\.thumb[^/]*|\.cache"
+    r"|\.Trash[^/]*|\.nfs\w+|\.fuse_hidden\w+|\.sync[^/]*|\.dropbox[^/]*|\.picasa[^/]*|Picasa\.ini"
+    r"|\.comments|\.xvpics|\.~lock\.[^/]*#|~\$[^/]*)(?:/|$)",
+    re.IGNORECASE,
+)
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file (its path with ``/``) is one that systems and file managers leave everywhere."""
+    return bool(_CLUTTER.search(name))
+
+
 def slices_in(folder: Path, prefix: str) -> dict[tuple[int, int], Path]:
-    """Every file of one kind in ``folder`` by (case, slice), in numeric order."""
+    """Every file of one kind in ``folder`` by (case, slice), in numeric order.
+
+    Of several names for one slice the course set's own is taken, else the first.
+    """
+    return {key: paths[0] for key, paths in names_in(folder, prefix).items()}
+
+
+def names_in(folder: Path, prefix: str) -> dict[tuple[int, int], list[Path]]:
+    """As :func:`slices_in`, with all files for each slice: there should be one."""
     if not folder.exists():
         raise FileNotFoundError(
             f"{folder} does not exist. Give one split folder, such as …/{DATASET_FOLDER}_train, "
@@ -53,12 +77,13 @@ def slices_in(folder: Path, prefix: str) -> dict[tuple[int, int], Path]:
     if not folder.is_dir():
         hint = " Unpack the archive first." if folder.suffix == ".zip" else ""
         raise NotADirectoryError(f"{folder} is a file, not a folder of slices.{hint}")
-    found = {}
+    found: dict[tuple[int, int], list[Path]] = {}
     for path in folder.iterdir():
         match = _NAME.match(path.name)
         if match and match[1].lower() == prefix:
-            found[int(match[2]), int(match[3])] = path
-    return dict(sorted(found.items()))
+            found.setdefault((int(match[2]), int(match[3])), []).append(path)
+    own = {"case": image_name, "seg": mask_name}[prefix]
+    return {key: sorted(found[key], key=lambda p: (p.name != own(*key), p.name)) for key in sorted(found)}
 
 
 @cache
@@ -209,23 +234,37 @@ class DataLocation:
         return f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}, {cases} cases"
 
 
+_CONVERT = (
+    "if it is OASIS in another form, bring it into this layout: python -m oasis_helpers convert {} OUT, then "
+    "point to OUT."
+)
+
+
 def locate(root: Path) -> DataLocation:
     """The data set in ``root``, in the extra folder (or doubled folder) inside it, or around a split folder.
 
-    Raises ``FileNotFoundError`` or ``NotADirectoryError`` if there is none.
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` if there is none, ``ValueError`` if phantoms and
+    people are mixed.
     """
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist. Give the folder that holds {DATASET_FOLDER}_train.")
     if root.is_file():
-        hint = "Unpack it and give the folder." if root.suffix == ".zip" else "Give a folder."
-        raise NotADirectoryError(f"{root} is a file. {hint}")
+        packed = root.suffix.lower() in (".zip", ".gz", ".tgz", ".tar")
+        what = "Unpack it and give the folder" if packed else "Give a folder"
+        raise NotADirectoryError(f"{root} is a file. {what}; {_CONVERT.format(root)}")
     candidate = root.parent if root.name.startswith(f"{DATASET_FOLDER}_") else root
     for _ in range(3):
         if (candidate / f"{DATASET_FOLDER}_train").is_dir():
             is_phantom = (candidate / "phantoms.json").exists()
+            if is_phantom and (candidate / "conversion.json").exists():
+                raise ValueError(
+                    f"{candidate} holds phantoms and converted slices of people (phantoms.json and "
+                    "conversion.json): keep them in two folders."
+                )
             return DataLocation(candidate, "phantoms" if is_phantom else "oasis")
         candidate = candidate / f"{DATASET_FOLDER}_data"
     raise FileNotFoundError(
         f"{root} holds no folder {DATASET_FOLDER}_train (nor does a {DATASET_FOLDER}_data in it). "
-        "Point to the unpacked course archive, or leave OASIS_ROOT unset to use phantoms."
+        "Point to the unpacked course archive, or leave OASIS_ROOT unset to use phantoms; "
+        + _CONVERT.format(root)
     )

@@ -2,6 +2,7 @@ from functools import cache
 
 import pytest
 import torch
+from oasis_like import phantom_volume
 
 from oasis_helpers import phantoms as public
 from oasis_helpers.intake import phantoms as module
@@ -25,3 +26,9 @@ def _no_fresh_heads(monkeypatch):
 def phantoms(tmp_path_factory):
     """A small set: two training cases, one each to validate and test, four slices each."""
     return module.make_phantoms(tmp_path_factory.mktemp("data") / "phantoms", (2, 1, 1), slices=4, workers=1)
+
+
+@pytest.fixture(scope="session")
+def head():
+    """Head and labels of one phantom on the T88 grid."""
+    return phantom_volume()

@@ -120,7 +120,7 @@ def _convert_safely(folder: Path, source: Path) -> None:
         said = [str(error)]
     except ValueError as error:
         said = [str(error)]
-        if "is not a zip, a tar or a tar.gz" not in said[0]:
+        if not re.search(r"is not a zip|is a text|is a web page|is packed by", said[0]):
             raise
     finally:
         signal.alarm(0)

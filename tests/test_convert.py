@@ -12,7 +12,6 @@ from oasis_like import (
     analyze,
     course_files,
     neurite_files,
-    phantom_volume,
     subject_files,
     write_tar,
     write_tree,
@@ -35,12 +34,6 @@ def digests(root):
         for p in sorted(root.rglob("*"))
         if p.is_file()
     }
-
-
-@pytest.fixture(scope="session")
-def head():
-    """Head and labels of one phantom on the T88 grid."""
-    return phantom_volume()
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,15 @@ from oasis_helpers.data import (
     to_unit_range,
 )
 from oasis_helpers.intake.subjects import Subject
-from oasis_helpers.layout import SPLITS, WrongSize, image_name, read_png, replace_file, write_file
+from oasis_helpers.layout import (
+    SPLITS,
+    WrongSize,
+    image_name,
+    read_png,
+    replace_file,
+    slices_in,
+    write_file,
+)
 
 SEG_TRAIN = "keras_png_slices_seg_train"
 
@@ -376,3 +384,41 @@ def test_a_picture_of_a_hundred_megapixels_is_one_clear_line(tmp_path):
         warnings.simplefilter("error")
         with pytest.raises(WrongSize, match="10000×10000, should be 256×256"):
             read_png(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("prefix", ["case", "seg"])
+def test_two_files_for_one_slice_are_reported_as_a_pair(prefix, phantoms, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(phantoms.root, root)
+    folder = root / f"keras_png_slices_{'seg_' if prefix == 'seg' else ''}train"
+    own = folder / f"{prefix}_001_slice_0.nii.png"
+    shutil.copy(folder / f"{prefix}_002_slice_0.nii.png", folder / f"{prefix}_1_slice_0.png")
+    report = check_dataset(root)
+    assert not report.ok
+    assert report.problems["one slice twice"] == [
+        f"{folder.name}/{prefix}_1_slice_0.png beside {own.name}: keep one of the two"
+    ]
+    assert slices_in(folder, prefix)[1, 0] == own
+
+
+@pytest.mark.parametrize("mixed", [["slices", "slices_seg"], ["images", "labels"], ["disc1.tar.gz"]])
+def test_data_in_another_form_names_convert(mixed, tmp_path):
+    files = {}
+    for number, name in enumerate(mixed[:2]):
+        files[f"{name}/{('case', 'seg')[number]}_001_slice_0.png"] = b""
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=rf"python -m oasis_helpers convert {tmp_path} OUT"):
+        find_data(tmp_path)
+    if len(mixed) == 1:
+        (tmp_path / "a.tar.gz").write_bytes(b"")
+        with pytest.raises(NotADirectoryError, match=r"Unpack it .* oasis_helpers convert"):
+            find_data(tmp_path / "a.tar.gz")
+
+
+def test_phantoms_and_people_in_one_folder_are_refused(phantoms, tmp_path):
+    shutil.copytree(phantoms.root, tmp_path / "set")
+    (tmp_path / "set" / "conversion.json").write_text("{}")
+    with pytest.raises(ValueError, match="keep them in two folders"):
+        find_data(tmp_path / "set")

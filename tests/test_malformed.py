@@ -265,7 +265,7 @@ def with_table(content):
 
 TABLE = ["--subjects", "table.csv"]
 COLUMNS = "ID,M/F,Hand,Age,Educ,SES,MMSE,CDR\n"
-BIG = subject_files(1, HEAD, LABELS, scans=3)
+BIG = subject_files(1, HEAD + 1, LABELS, scans=3)
 NOISE = np.random.default_rng(0).integers(0, 256, 2_000_000, dtype=np.uint8).tobytes()
 
 # name of the input: how to make it, what the message says, more arguments
@@ -376,7 +376,7 @@ INPUTS = {
         tree(CASE, **{PNG.replace("train", "test"): CASE[PNG]}),
         "is in test and train; keep it in one",
     ),
-    "png: twice": (tree(CASE, **{f"again/{PNG}": CASE[PNG]}), "is there twice"),
+    "png: twice, and differing": (tree(CASE, **{f"again/{PNG}": png()}), "is there twice"),
     "png: masks without images": (
         tree({n: c for n, c in CASE.items() if "_seg_" in n}),
         "it has masks and no image",
@@ -413,7 +413,7 @@ INPUTS = {
     # -- tables of subjects
     "table: missing": (tree(CASE), "is not there", ["--subjects", "other.csv"]),
     "table: spreadsheet": (with_table(b"PK\3\4 xlsx"), "is a spreadsheet", TABLE),
-    "table: not text": (with_table(b"\xff\xfe\0I\0D"), "is not text", TABLE),
+    "table: not text": (with_table(b"\x89PNG\x8d\x81\0\0"), "is not text", TABLE),
     "table: no age": (with_table("ID,M/F,CDR\n"), "has no column Age", TABLE),
     "table: odd id": (with_table(COLUMNS + "sub-01,F,R,70,,,,0\n"), "line 2: ID is 'sub-01'", TABLE),
     "table: odd age": (with_table(COLUMNS + "OAS1_0001_MR1,F,R,old,,,,0\n"), "line 2: Age is 'old'", TABLE),

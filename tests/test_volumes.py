@@ -4,6 +4,7 @@ import builtins
 import csv
 import gzip
 import re
+import tarfile
 
 import nibabel
 import numpy as np
@@ -204,6 +205,67 @@ def test_every_type_and_byte_order_is_read(kind, dtype, order, tmp_path):
         assert np.allclose(found.affine, affine)
 
 
+@pytest.mark.parametrize(
+    ("header", "image"),
+    [("a.hdr", "a.img.gz"), ("a.hdr.gz", "a.img.gz"), ("A.HDR", "A.IMG"), ("a.hdr", "a.IMG"),
+     ("mpr-1.nifti.hdr", "mpr-1.nifti.img.gz")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Pair, nibabel.AnalyzeImage])
+def test_a_pair_is_read_packed_or_not_and_whatever_its_letters(kind, header, image, tmp_path):
+    values, affine = small(zoom=6.0)
+    nibabel.save(kind(values, affine), tmp_path / "made.img")
+    for made, name in (("made.hdr", header), ("made.img", image)):
+        content = (tmp_path / made).read_bytes()
+        (tmp_path / made).unlink()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert [scan.path.name for scan in find_scans(tmp_path)] == [header]
+    for name in (header, image):
+        assert [scan.path.name for scan in find_scans(tmp_path / name)] == [header]
+        assert np.array_equal(read_volume(tmp_path / name).values, values.astype(np.float32))
+
+
+def test_the_3d_set_of_neurite_is_named(placed, tmp_path, capsys):
+    names = ("aligned_norm", "aligned_orig", "aligned_seg35", "norm", "orig", "seg4")
+    for name in names:
+        save(tmp_path / "in" / "OASIS_OAS1_0007_MR1" / f"{name}.nii.gz", *small(zoom=8.0))
+    report = convert(tmp_path / "in", tmp_path / "out", workers=1)
+    assert report.ok, report
+    assert read_volume_rows(tmp_path / "out")["OAS1_0007"].file.endswith("aligned_norm.nii.gz")
+    assert any("neurite-oasis's 3D set" in note for note in report.notes)
+    with tarfile.open(tmp_path / "neurite-oasis.v1.0.tar", "w") as archive:
+        archive.add(tmp_path / "in", "neurite-oasis.v1.0")
+    assert main(["convert", str(tmp_path / "neurite-oasis.v1.0.tar"), str(tmp_path / "out2")]) == 1
+    error = capsys.readouterr().err
+    assert "neurite-oasis's 3D set" in error
+    assert "unpack it and convert the folder" in error
+
+
+def test_an_archive_is_no_volume(tmp_path):
+    (tmp_path / "lab.zip").write_bytes(b"PK\3\4")
+    with pytest.raises(FileNotFoundError, match="Unpack archives"):
+        convert(tmp_path / "lab.zip", tmp_path / "out", "volumes")
+
+
+def test_broken_archives_beside_volumes_are_named(placed, tmp_path):
+    save(tmp_path / "in" / "anna.nii.gz", *small())
+    (tmp_path / "in" / "more.zip").write_text("<html>log in")
+    report = convert(tmp_path / "in", tmp_path / "out", workers=1)
+    assert report.converted == 1
+    assert "more.zip is a web page" in report.left_out[0]
+
+
+def test_force_leaves_the_earlier_set_if_no_volume_fits(placed, tmp_path):
+    values, affine = small()
+    convert(save(tmp_path / "good.nii", values, affine), tmp_path / "out", workers=1)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    poor = save(tmp_path / "poor.nii", np.minimum(values, 600), affine)
+    assert not convert(poor, tmp_path / "out", workers=1, force=True).ok
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+    good = save(tmp_path / "other.nii", values, affine)
+    convert(good, tmp_path / "out", workers=1, force=True)
+    assert list(read_volume_rows(tmp_path / "out")) == ["other"]
+
+
 def test_a_nifti_that_names_no_orientation_is_not_trusted(tmp_path):
     values, affine = small()
     image = nibabel.Nifti1Image(values, affine)
@@ -297,6 +359,22 @@ def test_a_header_that_is_wrong_about_its_axes_is_found_out(monkeypatch, tmp_pat
     report = convert(save(tmp_path / "a.nii", *small()), tmp_path / "out", workers=1)
     assert report.ok
     assert any("its header is wrong about its axes: they run to ASR" in note for note in report.notes)
+
+
+def test_a_fit_that_is_doubtful_is_compared_with_the_other_ways_to_lie(monkeypatch, tmp_path):
+    """A brain mirrored front to back reaches 0.7 as its header has it, and more when nothing is believed."""
+    found = {True: 0.7, False: 0.95}
+
+    def fit(values, affine, *, trusted=True):
+        return Fit(np.linalg.inv(affine), found[trusted], "RAS" if trusted else "LPS")
+
+    monkeypatch.setattr(module, "register", fit)
+    report = convert(save(tmp_path / "a.nii", *small()), tmp_path / "out", workers=1)
+    assert any("they run to LPS" in note and "which side is left" in note for note in report.notes)
+    found[False] = 0.75  # no clear difference
+    report = convert(save(tmp_path / "b.nii", *small()), tmp_path / "out2", workers=1)
+    assert read_volume_rows(tmp_path / "out2")["b"].axes == "RAS"
+    assert not any("header" in note for note in report.notes)
 
 
 def test_the_next_scan_of_a_subject_stands_in_for_a_broken_one(placed, tmp_path):

@@ -11,6 +11,7 @@ What the attacks look like: Python's documentation of ``zipfile`` ("Decompressio
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import itertools
@@ -19,17 +20,21 @@ import stat
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..layout import is_clutter
+
 MOST_MEMBERS = 100_000  # the course zip has 22,662; a disc some thousands
 LARGEST_MEMBER = 256 * 2**20  # bytes unpacked; an OASIS volume has 13 MB
-LARGEST_TOTAL = 32 * 2**30  # bytes unpacked; a disc has about 4 GB
+LARGEST_TOTAL = 256 * 2**30  # bytes unpacked; a disc has about 4 GB, all twelve 50 GB
 HIGHEST_RATIO = 100  # unpacked to packed; volumes reach 4, PNGs 1
 _RATIO_FROM = 16 * 2**20  # bytes; below this a high ratio does no harm
 _LARGEST_DIRECTORY = 32 * 2**20  # bytes of a zip's table of contents
+_ARCHIVE_NAME = re.compile(r"\.(?:zip|tar|tgz|tbz2?|txz|tzst|7z|rar)(?![a-z0-9])[^/]*$", re.IGNORECASE)
 _NONE = "OASIS's archives have no such thing: do not use this one."
 _END, _END_64, _LOCATOR_64, _ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"  # records of a zip
 
@@ -56,19 +61,66 @@ class Member:
     position: int = 0
 
 
+# What others pack with, by the first bytes, and what unpacks it.
+_OTHER_PACKERS = {
+    b"7z\xbc\xaf\x27\x1c": ("7z", "7-Zip (7z x NAME)"),
+    b"Rar!\x1a\x07": ("RAR", "unrar or 7-Zip (unrar x NAME, 7z x NAME)"),
+    b"BZh": ("bzip2", "tar (tar -xjf NAME) or 7-Zip"),
+    b"\xfd7zXZ\0": ("xz", "tar (tar -xJf NAME) or 7-Zip"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "tar (tar --zstd -xf NAME) or 7-Zip"),
+    b"\x1f\x9d": ("compress", "tar (tar -xZf NAME) or 7-Zip"),
+    b"PK\x07\x08": ("a zip in several volumes", "7-Zip (7z x NAME)"),
+}
+_WEB = re.compile(rb"\s*<(?:!doctype html|html|head|body|script|meta|!--)", re.IGNORECASE)
+
+
+def _begins_like_a_tar(start: bytes) -> bool:
+    """Whether this is the header of a tar, with the mark "ustar" or (before 1988) without: its sum tells."""
+    try:
+        tarfile.TarInfo.frombuf(start[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return start[257:262] == b"ustar"
+    return True
+
+
+def _no_archive(path: Path, start: bytes) -> Exception:
+    """What to say of a file that is no archive, by its first bytes."""
+    if not start.strip(b"\0"):
+        return ArchiveDamaged(f"{path} is empty: download it again.")
+    for mark, (what, program) in _OTHER_PACKERS.items():
+        if start.startswith(mark):
+            how = program.replace("NAME", path.name)
+            return ValueError(f"{path} is packed by {what}: unpack it with {how} and give the folder.")
+    start = start.removeprefix(b"\xef\xbb\xbf")
+    if _WEB.match(start):
+        return ValueError(f"{path} is a web page, not an archive: log in and download it again.")
+    text = start.decode("utf-8", "replace")[:60]
+    if all(c.isprintable() or c in "\r\n\t" for c in text) and "\ufffd" not in text:
+        begins = " ".join(text.split())[:50]
+        return ValueError(
+            f"{path} is a text ({begins!r} …), not a zip, a tar or a tar.gz: log in and download it again."
+        )
+    return ValueError(f"{path} is not a zip, a tar or a tar.gz. Give the archive as it was downloaded.")
+
+
 def kind_of(path: Path) -> str:
-    """ "zip", "tar.gz" or "tar", by the first bytes; ``ValueError`` if it is none of them."""
+    """ "zip", "tar.gz" or "tar", by the first bytes.
+
+    Raises ``ValueError`` if it is none of them, with what it is as far as that can be told.
+    """
     with path.open("rb") as file:
-        start = file.read(512)
-    if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "zip"
-    if start[:2] == b"\x1f\x8b":
-        return "tar.gz"
-    if start[257:262] == b"ustar":
+        start = file.read(tarfile.BLOCKSIZE)
+        if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+            return "zip"
+        if start[:2] == b"\x1f\x8b":
+            file.seek(0)
+            with suppress(OSError, EOFError, zlib.error), gzip.GzipFile(fileobj=file) as inside:
+                if _WEB.match(inside.read(tarfile.BLOCKSIZE)):
+                    raise _no_archive(path, b"<html")
+            return "tar.gz"
+    if _begins_like_a_tar(start):
         return "tar"
-    if not start:
-        raise ArchiveDamaged(f"{path} is empty: download it again.")
-    raise ValueError(f"{path} is not a zip, a tar or a tar.gz. Give the archive as it was downloaded.")
+    raise _no_archive(path, start)
 
 
 def members(path: Path) -> Iterator[Member]:
@@ -96,6 +148,11 @@ def _damaged(message: Callable[[Exception], str]) -> Iterator[None]:
         raise
     except Exception as error:  # zipfile, tarfile and zlib raise many kinds for bytes of noise
         raise ArchiveDamaged(message(error)) from None
+
+
+def is_archive_name(name: str) -> bool:
+    """Whether a file is named as an archive of any packer, a copy or half a download of one."""
+    return bool(_ARCHIVE_NAME.search(name))
 
 
 def _check_size(path: Path, name: str, size: int) -> None:
@@ -167,11 +224,15 @@ def _zip_members(path: Path) -> Iterator[Member]:
         raise ArchiveRefused(f"{path.name} announces {announced:,} files and lists {len(entries):,}. {_NONE}")
     total = 0
     for entry in entries:
+        if is_clutter(entry.filename):
+            continue
         _check_name(path, entry.filename)
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             what = "link" if kind == stat.S_IFLNK else "device or pipe"
             raise ArchiveRefused(f"{path.name} holds the {what} {entry.filename[:80]!a}.")
+        if is_archive_name(entry.filename):
+            continue  # never read
         if entry.flag_bits & 1:
             raise ArchiveRefused(f"{path.name} is encrypted: unpack it yourself and give the folder.")
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -195,7 +256,7 @@ def _zip_members(path: Path) -> Iterator[Member]:
     def reader(entry: zipfile.ZipInfo) -> Callable[[], bytes]:
         def read() -> bytes:
             name = f"{entry.filename[-60:]!a}"
-            with _damaged(lambda error: f"{name} cannot be unpacked ({error})"), archive.open(entry) as f:
+            with _damaged(lambda error: f"{name} cannot be unpacked ({error})"), _open(archive, entry) as f:
                 content = f.read(entry.file_size)  # no more, whatever its packed bytes would give
                 if len(content) != entry.file_size:
                     raise EOFError(f"{len(content):,} bytes instead of {entry.file_size:,}")
@@ -204,8 +265,23 @@ def _zip_members(path: Path) -> Iterator[Member]:
         return read
 
     for entry in entries:
-        if not entry.is_dir():
+        if not entry.is_dir() and not is_clutter(entry.filename):
             yield Member(entry.filename.replace("\\", "/"), entry.file_size, reader(entry))
+
+
+def _open(archive: zipfile.ZipFile, entry: zipfile.ZipInfo):
+    """A member, whichever slash its own header has; some programs write the other one into the directory."""
+    name = entry.orig_filename
+    for other in dict.fromkeys((name, name.replace("\\", "/"), name.replace("/", "\\"))):
+        like = copy.copy(entry)
+        like.orig_filename = other
+        try:
+            return archive.open(like)
+        except zipfile.BadZipFile as error:
+            if "differ" not in str(error):
+                raise
+            found = error
+    raise found
 
 
 # ---- tar --------------------------------------------------------------------------------------
@@ -268,13 +344,17 @@ def _limited_tar_members(path: Path, limited: _Allowance) -> Iterator[Member]:
         archive.members.clear()  # tarfile remembers every member; a stream needs none
         if number >= MOST_MEMBERS:
             raise ArchiveRefused(f"{path.name} holds more than {MOST_MEMBERS:,} files.")
+        if is_clutter(entry.name):
+            limited.allow(entry.size)
+            continue
         _check_name(path, entry.name)
         if not (entry.isreg() or entry.isdir()):
             what = "link" if entry.issym() or entry.islnk() else "device or pipe"
             raise ArchiveRefused(f"{path.name} holds the {what} {entry.name[:80]!a}.")
         if entry.issparse():  # zeros that are not stored, so no limit on what is read would count them
             raise ArchiveRefused(f"{path.name} holds the sparse file {entry.name[:80]!a}. {_NONE}")
-        _check_size(path, entry.name, entry.size)
+        if entry.size < 0 or not is_archive_name(entry.name):  # an archive inside is never read
+            _check_size(path, entry.name, entry.size)
         limited.allow(entry.size)
 
         def read(entry: tarfile.TarInfo = entry) -> bytes:

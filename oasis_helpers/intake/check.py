@@ -23,8 +23,8 @@ from ..layout import (
     image_name,
     locate,
     mask_name,
+    names_in,
     read_png,
-    slices_in,
 )
 
 
@@ -46,6 +46,7 @@ class DatasetReport:
     wrong_mode: list[str] = field(default_factory=list)
     wrong_size: list[str] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
     checksums: str = "not OASIS"
     altered: list[int] = field(default_factory=list)
@@ -59,6 +60,7 @@ class DatasetReport:
             "wrong mode": self.wrong_mode,
             "wrong size": self.wrong_size,
             "split leakage": self.leaks,
+            "one slice twice": self.twice,
             "odd pixels": self.odd,
         }
         return {kind: lines for kind, lines in kinds.items() if lines}
@@ -103,10 +105,10 @@ def _first(cases: list[int]) -> str:
 def check_dataset(root: str | Path) -> DatasetReport:
     """Read every file of a data set and report what is wrong with it.
 
-    Looks for missing folders, slices and partners, PNGs that do not decode, a mode other than
-    L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each
-    case of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``,
-    each case of a converted set with what was converted. Raises as :func:`~oasis_helpers.data.find_data` if
+    Looks for missing folders, slices and partners, two files for one slice, PNGs that do not decode, a mode
+    other than L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each case
+    of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``, each case of a
+    converted set with what was converted. Raises as :func:`~oasis_helpers.data.find_data` if
     there is no data set at ``root``.
     """
     location = locate(Path(root).expanduser())
@@ -148,7 +150,12 @@ def _files_of(location: DataLocation, split: str, report: DatasetReport) -> _Fil
         folder = location.folder(split, masks)
         if not folder.is_dir():
             report.missing.append(f"folder {folder.name}: unpack the archive again")
-        found[prefix] = slices_in(folder, prefix) if folder.is_dir() else {}
+        names = names_in(folder, prefix) if folder.is_dir() else {}
+        for first, *others in names.values():
+            report.twice += [
+                f"{folder.name}/{p.name} beside {first.name}: keep one of the two" for p in others
+            ]
+        found[prefix] = {key: paths[0] for key, paths in names.items()}
     return found
 
 
@@ -212,7 +219,7 @@ def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]
             case: (int(row["slices"]), (row["images_sha256"], row["masks_sha256"]))
             for case, row in course_cases().items()
         }
-    from .convert import read_rows  # it needs nibabel, and few need it
+    from .target import read_rows  # few need it
 
     return {case: (row.images, (row.sha256,)) for case, row in read_rows(location.root).items()}
 
@@ -221,7 +228,7 @@ def _without_masks(location: DataLocation) -> set[int]:
     """The cases that a conversion found no segmentation of."""
     if not (location.root / "conversion.csv").exists():
         return set()
-    from .convert import read_rows  # it needs nibabel, and few need it
+    from .target import read_rows  # few need it
 
     return {case for case, row in read_rows(location.root).items() if row.masks == 0}
 

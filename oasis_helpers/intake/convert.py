@@ -27,20 +27,13 @@ Data: Marcus et al. 2007, J. Cogn. Neurosci. 19(9):1498–1507; neurite-oasis: H
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import io
-import json
 import logging
-import os
-import re
 import sys
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import joblib
@@ -49,56 +42,37 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..layout import (
-    COLS,
-    DATASET_FOLDER,
     PLANES,
-    ROWS,
     SPLITS,
     DataLocation,
     WrongMode,
     WrongSize,
     check_space,
-    course_cases,
     image_name,
-    make_folders,
     mask_name,
     pad,
     png_bytes,
     read_png,
-    remove_leftovers,
-    write_file,
 )
-from .archives import ArchiveDamaged, ArchiveRefused, Member, kind_of, members
-from .subjects import read_subjects, write_subjects
+from .archives import ArchiveDamaged, ArchiveRefused
+from .cases import Case, Reading, Shelf, split_of
+from .cases import Unusable as _Unusable
+from .orientation import misplaced
+from .scans import ScanUnusable
+from .sources import FORMATS, Part, Source, find_source, recognise
+from .subjects import join_subjects, read_subjects
+from .t88 import T88, gunzipped, read_t88
+from .target import CaseRow, Target, claimed, finished_bytes
 
-FORMATS = ("course", "oasis1", "neurite")
+__all__ = ["FORMATS", "NEURITE", "T88", "ConversionReport", "convert", "recognise", "split_of"]
+
 VERSION = 1  # raise when the same source would no longer give the same bytes
-T88 = (ROWS, COLS, 176)
 FIRST_PLANE = 90 - 17  # of the T88 volume, counted from 0: slice 17 is OASIS's tra_90
 NEURITE = (160, 192)
 _NEURITE_TISSUE = np.array([0, 2, 2, 3, 1], np.uint8)  # background, cortex, deep grey, white, CSF
-# Bytes of one file. A PNG has about 20 kB, a T88 volume in float64 52 MB, a packed neurite slice 25 kB.
-_LARGEST = {"course": 2**20, "oasis1": 52 * 2**20, "neurite": 2**20}
 _LARGEST_NIFTI = 2**22  # bytes unpacked; a neurite slice in float64 has 250 kB
-_PENDING = 24  # subjects of a stream that may wait for their last file
-
-_NAMES = {
-    "course": re.compile(
-        rf"(?:^|/){DATASET_FOLDER}_(?:seg_)?(train|validate|test)/(case|seg)_(\d{{1,4}})_slice_(\d{{1,3}})(?:\.nii)?\.png$",
-        re.IGNORECASE,
-    ),
-    "oasis1": re.compile(
-        r"(?:^|/)OAS1_(\d{4})_MR(\d+)_mpr_n\d+_anon_111_t88_((?:masked_)?gfc(?:_fseg)?)\.(img|hdr)$"
-    ),
-    "neurite": re.compile(r"(?:^|/)OASIS_OAS1_(\d{4})_MR(\d+)/slice_(norm|seg4)\.nii\.gz$"),
-}
 # What is wrong with a header is said once, in the report.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-_EXAMPLES = {
-    "course": "keras_png_slices_train/case_001_slice_0.nii.png",
-    "oasis1": "OAS1_0001_MR1_mpr_n4_anon_111_t88_gfc.img",
-    "neurite": "OASIS_OAS1_0001_MR1/slice_norm.nii.gz",
-}
 
 
 @dataclass
@@ -129,82 +103,6 @@ class ConversionReport:
         return "\n".join([*lines, f'To use it: export OASIS_ROOT="{self.location.root}"'])
 
 
-class _Unusable(ValueError):
-    """One case cannot be used; the others can."""
-
-
-@dataclass
-class _Case:
-    """One subject of a source: its files by role, each read when it is needed."""
-
-    case: int
-    parts: dict[tuple, Callable[[], bytes]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class CaseRow:
-    """One line of ``conversion.csv``: a case that is whole."""
-
-    case: int
-    split: str
-    images: int
-    masks: int
-    sha256: str  # of the newline-joined SHA-256 of its files, images before masks, in slice order
-
-
-# ---- the files of a source ----------------------------------------------------------------------
-
-
-def _archives_in(folder: Path) -> list[Path]:
-    found = [p for p in folder.iterdir() if p.name.endswith((".tar.gz", ".tgz", ".tar", ".zip"))]
-    return sorted(found, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])
-
-
-def _folder_members(folder: Path) -> Iterator[Member]:
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(place, name)
-            relative = path.relative_to(folder.parent).as_posix()
-            if path.is_file() and any(p.search(relative) for p in _NAMES.values()):
-                yield Member(relative, path.stat().st_size, path.read_bytes)
-
-
-def _members_of(source: Path) -> Iterator[tuple[Path, Member]]:
-    """Every file of a source, whatever its form, with the archive or folder it came from."""
-    if source.is_file():
-        yield from ((source, member) for member in members(source))
-        return
-    found = False
-    for member in _folder_members(source):
-        found = True
-        yield source, member
-    if not found:
-        for archive in _archives_in(source):
-            yield from ((archive, member) for member in members(archive))
-
-
-def recognise(source: Path, formats: Sequence[str] = FORMATS) -> str:
-    """Which of ``formats`` the source has, from the first file name that tells.
-
-    Raises ``FileNotFoundError`` if there is none.
-    """
-    if not source.exists():
-        raise FileNotFoundError(
-            f"{source} does not exist. Give the zip, disc archive, tar or folder you have."
-        )
-    with closing(_members_of(source)) as found:
-        for _, member in found:
-            for name in formats:
-                if _NAMES[name].search(member.name):
-                    return name
-    named = " or ".join(_EXAMPLES[name] for name in formats)
-    raise FileNotFoundError(
-        f"{source} holds no file named like {named}. Is it the right file, and is it whole?"
-    )
-
-
 def _of_another_kind(source: Path, format: str | None) -> str | None:
     """ "nilearn-oasis" or "volumes" if the source is that and none of FORMATS."""
     if format == "volumes":
@@ -218,99 +116,13 @@ def _of_another_kind(source: Path, format: str | None) -> str | None:
     if source.is_file():
         return "volumes" if is_volume(source) else None
     try:
-        recognise(source)
-    except (FileNotFoundError, ArchiveDamaged, ArchiveRefused, ValueError):
+        find_source(source).recognise()
+    except FileNotFoundError:
         return "volumes" if find_scans(source) else None
     return None
 
 
-def _role(format: str, name: str, stripped: bool) -> tuple[int, tuple] | None:
-    """Case id and role of a file, or None if it is not needed."""
-    match = _NAMES[format].search(name)
-    if match is None or name.rsplit("/", 1)[-1].startswith("._"):
-        return None
-    if format == "course":
-        split, prefix, case, index = match.groups()
-        return int(case), (prefix.lower(), int(index), split.lower())
-    case, session = int(match[1]), int(match[2])
-    if session != 1:  # a repeat scan of the same person
-        return None
-    if format == "neurite":
-        return case, (match[3],)
-    wanted = {"masked_gfc" if stripped else "gfc": "volume", "masked_gfc_fseg": "mask"}
-    role = wanted.get(match[3])
-    return (case, (role, match[4])) if role else None
-
-
-def _add(found: _Case, role: tuple, member: Member, largest: int, *, at_once: bool) -> None:
-    """Note a file of a case; its bytes are read ``at_once`` or when the case is converted."""
-    if role in found.parts:
-        found.problems.append(f"{member.name} is there twice; keep one of the two")
-    if member.size > largest:
-        found.problems.append(
-            f"{member.name} has {member.size / 1e6:,.0f} MB; such files have at most {largest / 1e6:,.0f}"
-        )
-    elif at_once:
-        content = member.read()
-        found.parts[role] = lambda: content
-    else:
-        found.parts[role] = member.read
-
-
-def _grouped(source: Path, format: str, stripped: bool, done: set[int], advance) -> Iterator[_Case]:
-    """The subjects of a zip or folder: names first, bytes later."""
-    cases: dict[int, _Case] = {}
-    for _, member in _members_of(source):
-        found = _role(format, member.name, stripped)
-        if found and found[0] not in done:
-            case = cases.setdefault(found[0], _Case(found[0]))
-            _add(case, found[1], member, _LARGEST[format], at_once=False)
-    for number, case in enumerate(sorted(cases.values(), key=lambda c: c.case), 1):
-        yield case
-        advance(number / len(cases))
-
-
-def _streamed(
-    archives: list[Path], format: str, stripped: bool, done: set[int], advance, broken: Callable[[str], None]
-) -> Iterator[_Case]:
-    """The subjects of tar archives, each as soon as its files have come by."""
-    complete = {"oasis1": 4, "neurite": 2}[format]
-    total = sum(a.stat().st_size for a in archives)
-    passed = 0
-    for archive in archives:
-        pending: dict[int, _Case] = {}
-        try:
-            for member in members(archive):
-                advance((passed + member.position) / total)
-                found = _role(format, member.name, stripped)
-                if not found or found[0] in done:
-                    continue
-                case = pending.setdefault(found[0], _Case(found[0]))
-                _add(case, found[1], member, _LARGEST[format], at_once=True)
-                if len(case.parts) == complete:
-                    yield pending.pop(case.case)
-                elif len(pending) > _PENDING:
-                    yield pending.pop(next(iter(pending)))
-        except ArchiveDamaged as error:
-            # What came whole is good. The last subject may not be.
-            broken(str(error))
-            pending.clear()
-        yield from pending.values()
-        passed += archive.stat().st_size
-
-
 # ---- one case -------------------------------------------------------------------------------------
-
-
-def split_of(case: int) -> str:
-    """The course's split, and for a case it lacks one drawn from its id: 85, 10 and 5 of 100.
-
-    The draw is the SHA-256 of ``OAS1_NNNN``, so it depends on nothing but the id.
-    """
-    if known := course_cases().get(case):
-        return known["split"]
-    draw = int.from_bytes(hashlib.sha256(f"OAS1_{case:04d}".encode()).digest()[:4], "big") % 100
-    return SPLITS[(draw >= 85) + (draw >= 95)]
 
 
 def _course_png(name: str, content: bytes) -> None:
@@ -325,54 +137,29 @@ def _course_png(name: str, content: bytes) -> None:
         raise _Unusable(f"{name} is damaged ({str(error)[:80]}); copy it again") from None
 
 
-def _from_course(case: _Case) -> tuple[str, dict[str, bytes], list[str]]:
+_Slices = tuple[str, list[bytes], list[bytes]]  # split, images and masks as PNG, in order
+
+
+def _from_course(case: Case) -> _Slices:
     splits = {split for _, _, split in case.parts}
     if len(splits) > 1:
         raise _Unusable(f"it is in {' and '.join(sorted(splits))}; keep it in one split")
     (split,) = splits
     images, masks = {}, {}
-    for (prefix, index, _), read in sorted(case.parts.items(), key=lambda item: item[0]):
+    for role in sorted(case.parts):
+        prefix, index, _ = role
         name = (image_name if prefix == "case" else mask_name)(case.case, index)
-        (images if prefix == "case" else masks)[index] = content = read()
+        (images if prefix == "case" else masks)[index] = content = case.read(role)
         _course_png(name, content)
     if not images:
         raise _Unusable("it has masks and no image")
     if gaps := sorted(set(range(max(PLANES, len(images)))) - set(images)):
         raise _Unusable(f"slices {', '.join(map(str, gaps[:8]))} are missing; copy the case again")
-    notes = []
     if set(masks) != set(images):
-        notes.append(f"case {case.case:03d} has {len(images)} images and {len(masks)} masks")
-    files = {f"{DATASET_FOLDER}_{split}/{image_name(case.case, k)}": images[k] for k in sorted(images)}
-    files |= {f"{DATASET_FOLDER}_seg_{split}/{mask_name(case.case, k)}": masks[k] for k in sorted(masks)}
-    return split, files, notes
-
-
-def _analyze(case: _Case, role: str) -> np.ndarray:
-    """The T88 volume of one role, ``(176, 208, 176)``, its axes in the order of the file."""
-    header, image = case.parts.get((role, "hdr")), case.parts.get((role, "img"))
-    if header is None or image is None:
-        gone, there = ("hdr", "img") if header is None else ("img", "hdr")
-        raise _Unusable(f"the .{gone} beside the .{there} of the {role} is missing; unpack it again")
-    try:
-        parsed = nibabel.AnalyzeHeader.from_fileobj(io.BytesIO(header()), check=False)
-        shape, dtype = parsed.get_data_shape(), parsed.get_data_dtype()
-        offset = int(parsed.get_data_offset())
-    except Exception as error:  # nibabel raises many kinds for a header of noise
-        raise _Unusable(f"the header of the {role} cannot be read ({str(error)[:80]})") from None
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if shape != T88:
-        raise _Unusable(f"the {role} is {'×'.join(map(str, shape))}, should be {'×'.join(map(str, T88))}")
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise _Unusable(f"the {role} has values of type {dtype}, should be whole or real numbers")
-    content = image()
-    needed = int(np.prod(T88)) * dtype.itemsize
-    if offset < 0 or len(content) != offset + needed:
-        raise _Unusable(
-            f"the .img of the {role} has {len(content):,} bytes, its header says {offset + needed:,}"
-        )
-    volume = np.frombuffer(content, dtype, offset=offset).reshape(T88, order="F")
-    return volume.astype(dtype.newbyteorder("="))
+        case.notes.append(f"case {case.case:03d} has {len(images)} images and {len(masks)} masks")
+    if masks and sorted(masks) != list(range(len(masks))):
+        raise _Unusable("some of its masks are missing, and not the last ones; copy the case again")
+    return split, [images[k] for k in sorted(images)], [masks[k] for k in sorted(masks)]
 
 
 def _scaled(plane: np.ndarray, name: str) -> np.ndarray:
@@ -384,154 +171,91 @@ def _scaled(plane: np.ndarray, name: str) -> np.ndarray:
     return np.round(plane * (255 / plane.max())).astype(np.uint8)
 
 
-def _from_oasis1(case: _Case) -> tuple[str, dict[str, bytes], list[str]]:
-    volume, notes = _analyze(case, "volume"), []
+def _t88(case: Case, role: str) -> np.ndarray:
+    def reader(key: tuple) -> Callable[[], bytes]:
+        return lambda: case.read(key)
+
+    return read_t88(role, {key[1]: reader(key) for key in case.parts if key[0] == role})
+
+
+def _from_oasis1(case: Case) -> _Slices:
+    volume, images, masks = _t88(case, "volume"), [], []
+    wrong = misplaced(volume, np.s_[FIRST_PLANE : FIRST_PLANE + PLANES])
     head, neck = ((volume[:, :, part] > volume.max() / 10).mean() for part in (np.s_[-30:], np.s_[:30]))
-    if head > 1.5 * neck + 0.02:
-        notes.append(
-            f"case {case.case:03d} has more head above than below: is it stored upside down? Look at it."
+    if not wrong and head > 1.5 * neck + 0.02:
+        wrong = "upside down, for there is more head above than below"
+    if wrong:
+        case.notes.append(
+            f"case {case.case:03d} seems to be stored {wrong}. Look at it, and at its left and right, which "
+            "no picture tells."
         )
     labels = None
     if any(role == "mask" for role, _ in case.parts):
-        labels = _analyze(case, "mask")
+        labels = _t88(case, "mask")
         if labels.min() < 0 or labels.max() > 3 or (labels != np.round(labels)).any():
             raise _Unusable(
                 f"its mask holds values from {labels.min()} to {labels.max()}, should be 0, 1, 2, 3"
             )
     else:
-        notes.append(f"case {case.case:03d} has no segmentation (fseg): images without masks")
-    split, images, masks = split_of(case.case), {}, {}
+        case.notes.append(f"case {case.case:03d} has no segmentation (fseg): images without masks")
     for k in range(PLANES):
         plane = _scaled(volume[:, :, FIRST_PLANE + k], f"plane {FIRST_PLANE + k}")
-        images[f"{DATASET_FOLDER}_{split}/{image_name(case.case, k)}"] = png_bytes(pad(plane))
+        images.append(png_bytes(pad(plane)))
         if labels is not None:
-            tissue = (85 * labels[:, :, FIRST_PLANE + k].astype(np.uint8)).astype(np.uint8)
-            masks[f"{DATASET_FOLDER}_seg_{split}/{mask_name(case.case, k)}"] = png_bytes(pad(tissue))
-    return split, images | masks, notes
+            masks.append(png_bytes(pad(85 * labels[:, :, FIRST_PLANE + k].astype(np.uint8))))
+    return split_of(case.case), images, masks
 
 
 def _nifti(name: str, content: bytes) -> np.ndarray:
-    unpacker = zlib.decompressobj(wbits=31)
     try:
-        raw = unpacker.decompress(content, _LARGEST_NIFTI)
-        if unpacker.unconsumed_tail:
-            raise _Unusable(f"{name} unpacks to more than {_LARGEST_NIFTI / 1e6:.0f} MB: a bomb")
-        if not unpacker.eof:
-            raise _Unusable(f"{name} ends early")
-        image = nibabel.Nifti1Image.from_bytes(raw)
+        image = nibabel.Nifti1Image.from_bytes(gunzipped(name, content, _LARGEST_NIFTI))
         shape = tuple(n for n in image.shape if n != 1)
         if shape != NEURITE:
             raise _Unusable(f"{name} is {'×'.join(map(str, image.shape))}, should be 160×192")
         return image.get_fdata().reshape(NEURITE)
-    except _Unusable:
+    except (_Unusable, ScanUnusable):
         raise
-    except Exception as error:  # zlib and nibabel raise many kinds for a file of noise
+    except Exception as error:  # nibabel raises many kinds for a file of noise
         raise _Unusable(f"{name} cannot be read ({str(error)[:80]})") from None
 
 
-def _from_neurite(case: _Case) -> tuple[str, dict[str, bytes], list[str]]:
+def _from_neurite(case: Case) -> _Slices:
     if ("norm",) not in case.parts:
         raise _Unusable("slice_norm.nii.gz is missing")
-    split, notes = split_of(case.case), []
-    image = _scaled(_nifti("slice_norm.nii.gz", case.parts["norm",]()), "slice_norm.nii.gz")
-    files = {f"{DATASET_FOLDER}_{split}/{image_name(case.case, 0)}": png_bytes(pad(image))}
+    image = _scaled(_nifti("slice_norm.nii.gz", case.read(("norm",))), "slice_norm.nii.gz")
+    masks = []
     if ("seg4",) in case.parts:
-        labels = _nifti("slice_seg4.nii.gz", case.parts["seg4",]())
+        labels = _nifti("slice_seg4.nii.gz", case.read(("seg4",)))
         if not np.isin(labels, range(5)).all():
             raise _Unusable("slice_seg4.nii.gz holds other values than 0 to 4")
-        tissue = 85 * _NEURITE_TISSUE[labels.astype(np.uint8)]
-        files[f"{DATASET_FOLDER}_seg_{split}/{mask_name(case.case, 0)}"] = png_bytes(pad(tissue))
+        masks.append(png_bytes(pad(85 * _NEURITE_TISSUE[labels.astype(np.uint8)])))
     else:
-        notes.append(f"case {case.case:03d} has no slice_seg4.nii.gz: an image without mask")
-    return split, files, notes
+        case.notes.append(f"case {case.case:03d} has no slice_seg4.nii.gz: an image without mask")
+    return split_of(case.case), [png_bytes(pad(image))], masks
 
 
 _READERS = {"course": _from_course, "oasis1": _from_oasis1, "neurite": _from_neurite}
 
 
-def _convert_case(root: Path, format: str, case: _Case) -> tuple[CaseRow | None, list[str], list[str]]:
-    """Write one case, or say why not: its row, what was left out, and notes."""
+def _convert_case(target: Target, format: str, case: Case) -> tuple[Case, str | None]:
+    """Write one case, or say why not."""
     try:
         if case.problems:
             raise _Unusable(case.problems[0])
-        split, files, notes = _READERS[format](case)
-    except (_Unusable, ArchiveDamaged, ArchiveRefused, OSError) as error:
-        return None, [f"case {case.case:03d}: {error}"], []
-    for name, content in files.items():
-        write_file(root / name, content)
-    digests = "\n".join(hashlib.sha256(content).hexdigest() for content in files.values())
-    images = sum("_seg_" not in name for name in files)
-    digest = hashlib.sha256(digests.encode()).hexdigest()
-    return CaseRow(case.case, split, images, len(files) - images, digest), [], notes
+        split, images, masks = _READERS[format](case)
+    except (_Unusable, ScanUnusable, ArchiveDamaged, ArchiveRefused, OSError) as error:
+        return case, f"case {case.case:03d}: {error}"
+    target.add(case.case, split, images, masks)
+    return case, None
 
 
 # ---- the whole ------------------------------------------------------------------------------------
-
-
-def _files_of(root: Path, row: CaseRow) -> Iterator[Path]:
-    for k in range(row.images):
-        yield root / f"{DATASET_FOLDER}_{row.split}" / image_name(row.case, k)
-    for k in range(row.masks):
-        yield root / f"{DATASET_FOLDER}_seg_{row.split}" / mask_name(row.case, k)
-
-
-def read_rows(root: Path) -> dict[int, CaseRow]:
-    """The finished cases of a converted set by id, from its ``conversion.csv``."""
-    path = root / "conversion.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        found = (
-            CaseRow(int(r["case"]), r["split"], int(r["images"]), int(r["masks"]), r["sha256"])
-            for r in csv.DictReader(file)
-        )
-        return {row.case: row for row in found}
-
-
-def _write_rows(root: Path, rows: dict[int, CaseRow]) -> None:
-    lines = [",".join(f.name for f in fields(CaseRow))]
-    lines += [",".join(str(v) for v in asdict(rows[case]).values()) for case in sorted(rows)]
-    write_file(root / "conversion.csv", ("\n".join(lines) + "\n").encode())
-
-
-def _claim(source: Path, root: Path, plan: dict, force: bool) -> None:
-    """Take ``root`` for this conversion, or refuse a folder that holds something else."""
-    inside = source.is_dir() and root.resolve().is_relative_to(source.resolve())
-    if inside:
-        raise FileExistsError(f"{root} is inside {source}. Choose a folder outside what you convert.")
-    if root.exists() and not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file. Give a folder for the slices.")
-    plan_file = root / "conversion.json"
-    if plan_file.exists():
-        found = json.loads(plan_file.read_text(encoding="utf-8"))
-        if found != plan and not force:
-            differing = [f"{k} {found.get(k)!r} ≠ {plan[k]!r}" for k in plan if found.get(k) != plan[k]]
-            raise FileExistsError(
-                f"{root} was converted otherwise ({', '.join(differing)}). Choose another folder, or --force."
-            )
-    elif root.exists() and any(root.iterdir()) and not force:
-        raise FileExistsError(
-            f"{root} is not empty. Choose a new folder, or --force to overwrite files of the same name."
-        )
-    if force:
-        for row in read_rows(root).values():
-            for path in _files_of(root, row):
-                path.unlink(missing_ok=True)
-        (root / "conversion.csv").unlink(missing_ok=True)
-    make_folders(root)
-    write_file(plan_file, (json.dumps(plan, indent=1) + "\n").encode())
 
 
 # Bytes written for each byte of the source, at most. A case of 32 slices has 1.3 MB, and in an OASIS-1 disc
 # 37 MB packed and 110 MB unpacked; a neurite slice has 45 kB of 58.
 _GROWTH = {"course": 1.0, "neurite": 1.0, "oasis1": 0.05}
 _QUICK = 20 * 2**20  # bytes of a source that is converted in about a second
-
-
-def _size_of(source: Path) -> int:
-    if source.is_file():
-        return source.stat().st_size
-    return sum(p.stat().st_size for p in source.rglob("*") if p.is_file())
 
 
 def convert(
@@ -585,42 +309,104 @@ def convert(
         from .volumes import LEAST_SIMILARITY, convert_volumes
 
         least = LEAST_SIMILARITY if least_similarity is None else least_similarity
-        return convert_volumes(source, root, subjects=subjects, workers=workers, force=force, least=least)
+        report = convert_volumes(source, root, subjects=subjects, workers=workers, force=force, least=least)
+        if source.is_dir():
+            passed = find_source(source)
+            report.left_out += passed.problems
+            report.notes += [
+                f"{p.path} is passed over: unpack it." for p in passed.parts if p.kind != "folder"
+            ]
+        return report
     people = read_subjects(Path(subjects).expanduser()) if subjects else None
-    format = recognise(source, [format] if format else FORMATS)
+    found = find_source(source)
+    format = found.recognise([format] if format else FORMATS)
     if stripped and format != "oasis1":
         raise ValueError(f"stripped is for OASIS-1 volumes; {source} holds {format} files.")
-    size = _size_of(source)
-    check_space(root, int(size * _GROWTH[format]), "the slices")
-    _claim(source, root, {"version": VERSION, "format": format, "stripped": stripped}, force)
-    remove_leftovers(root)
-
-    rows = {c: row for c, row in read_rows(root).items() if all(p.exists() for p in _files_of(root, row))}
-    report = ConversionReport(DataLocation(root, "oasis"), str(source), kept=len(rows))
-    with tqdm(total=100, desc="converting", unit="%", file=sys.stderr, disable=size < _QUICK) as bar:
-
-        def advance(share: float) -> None:
-            bar.update(round(100 * share, 1) - bar.n)
-
-        cases = _cases_of(source, format, stripped, set(rows), advance, report.left_out.append)
-        for row, left_out, notes in _in_threads(cases, workers or joblib.cpu_count(), root, format):
-            report.left_out += left_out
-            report.notes += notes
-            if row:
-                rows[row.case] = row
-                report.converted += 1
-                _write_rows(root, rows)
-            bar.set_postfix(cases=len(rows))
-        advance(1.0)
-    _write_rows(root, rows)
-    if people is not None:
-        write_subjects(root, {c: people[c] for c in sorted(rows) if c in people})
-        if unknown := sorted(set(rows) - set(people)):
-            report.notes.append(f"{len(unknown)} cases are not in {subjects}, the first is {unknown[0]}")
-    report.notes += _empty_splits(rows)
-    if not rows:
-        report.left_out.append(f"{source}: no case could be used")
+    there = 0 if force else finished_bytes(root)
+    check_space(root, max(0, int(found.size * _GROWTH[format]) - there), "the slices")
+    plan = {"version": VERSION, "format": format, "stripped": stripped}
+    with claimed(root, plan, source=source, force=force) as target:
+        report = ConversionReport(DataLocation(root, "oasis"), str(source), kept=len(target.rows))
+        report.left_out += found.problems
+        workers = workers or joblib.cpu_count()
+        _convert_parts(found, format, stripped, target, report, workers=workers, force=force)
+        report.converted = len(target.rows) - report.kept
+        if people is not None and target.rows:
+            report.notes += join_subjects(root, people, target.rows, str(subjects))
+        report.notes += _empty_splits(target.rows)
+        if not target.rows:
+            report.left_out.append(f"{source}: no case could be used")
     return report
+
+
+def _is_safe(tar: Part, report: ConversionReport) -> bool:
+    """Whether a tar does nothing that it is refused for, by looking it through."""
+    try:
+        for _ in tar.members():
+            pass
+    except ArchiveRefused as error:
+        report.left_out.append(str(error))
+        return False
+    except (ArchiveDamaged, OSError):
+        pass  # what comes whole is good
+    return True
+
+
+def _convert_parts(
+    source: Source,
+    format: str,
+    stripped: bool,
+    target: Target,
+    report: ConversionReport,
+    *,
+    workers: int,
+    force: bool,
+) -> None:
+    """Convert what is in the parts of a source: first files and zips, then one tar after the other."""
+    indexed = [part for part in source.parts if part.kind in ("folder", "zip")]
+    tars = [part for part in source.parts if part not in indexed]
+    if force:  # what is there goes for the first new case, which must not go again
+        tars = [part for part in tars if _is_safe(part, report)]
+    kept, failed = set(target.rows), {}
+    size, passed = max(source.size, 1), 0
+    with (
+        tqdm(total=100, desc="converting", unit="%", file=sys.stderr, disable=size < _QUICK) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def advance(position: int) -> None:
+            bar.update(round(100 * (passed + position) / size, 1) - bar.n)
+
+        def make(case: Case) -> tuple[Case, str | None]:
+            return _convert_case(target, format, case)
+
+        def convert_all(cases: Iterator[Case]) -> None:
+            before = set(target.rows)
+            try:
+                for case, problem in _in_threads(pool, workers + 2, make, cases):
+                    report.notes += case.notes
+                    if problem:
+                        failed.setdefault(case.case, []).append(problem)
+                    bar.set_postfix(cases=len(target.rows))
+            except ArchiveRefused as error:  # as a whole, so what it gave before goes again
+                report.left_out.append(str(error))
+                target.withdraw(set(target.rows) - before)
+
+        reading = Reading(
+            format, stripped, kept, target.rows, Shelf(target.root), report.left_out, report.notes
+        )
+        convert_all(reading.indexed(indexed, bool(tars), advance))
+        passed = sum(part.size for part in indexed)
+        for part in tars:
+            convert_all(reading.streamed(part, advance))
+            passed += part.size
+            advance(0)
+        convert_all(reading.rest())
+    for case, lines in sorted(failed.items()):
+        if case in target.rows:
+            report.notes += [f"{line}; another copy of the case was used" for line in lines]
+        else:
+            report.left_out += lines
 
 
 def _empty_splits(rows: dict[int, CaseRow]) -> Iterator[str]:
@@ -632,30 +418,17 @@ def _empty_splits(rows: dict[int, CaseRow]) -> Iterator[str]:
             )
 
 
-def _cases_of(
-    source: Path, format: str, stripped: bool, done: set[int], advance, broken: Callable[[str], None]
-) -> Iterator[_Case]:
-    """The subjects of a source: of tars as they come by, of a zip or folder by their names."""
-    archives = [source] if source.is_file() else _archives_in(source)
-    has_tree = source.is_dir() and next(_folder_members(source), None) is not None
-    if not archives or has_tree or kind_of(archives[0]) == "zip":
-        return _grouped(source, format, stripped, done, advance)
-    if format == "course":
-        raise ValueError(f"{source} holds PNGs in a tar. Unpack it and give the folder.")
-    return _streamed(archives, format, stripped, done, advance, broken)
-
-
-def _in_threads(cases: Iterator[_Case], workers: int, root: Path, format: str):
+def _in_threads(pool: ThreadPoolExecutor, at_once: int, call: Callable, cases: Iterator[Case]) -> Iterator:
     """Convert while the next cases are read; the results in order, few cases in memory at a time."""
     running: deque[Future] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for case in cases:
-                running.append(pool.submit(_convert_case, root, format, case))
-                if len(running) > workers + 1:
-                    yield running.popleft().result()
-            while running:
+    try:
+        for case in cases:
+            running.append(pool.submit(call, case))
+            if len(running) >= at_once:
                 yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
+        wait(running)

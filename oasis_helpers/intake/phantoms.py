@@ -40,6 +40,7 @@ from ..layout import (
     DataLocation,
     check_space,
     image_name,
+    is_clutter,
     make_folders,
     mask_name,
     pad,
@@ -599,7 +600,7 @@ def _claim(root: Path, plan: dict) -> None:
                 "Choose another folder or delete that one."
             )
         return
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and any(not is_clutter(p.name) for p in root.iterdir()):
         raise FileExistsError(
             f"{root} is not empty and holds no phantoms. Choose a new folder: nothing there is overwritten."
         )

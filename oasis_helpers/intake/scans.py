@@ -1,9 +1,9 @@
 """T1-weighted volumes as people keep them: which files there are, whose they are, and what is in them.
 
-Files are NIfTI (``.nii``, ``.nii.gz``, ``.hdr`` + ``.img``) or Analyze 7.5 (``.hdr`` + ``.img``). In a
-folder that has any ``…_T1w`` (BIDS, OASIS-3) only these count, in one that has any ``mpr-1`` (raw scans of
-OASIS-1 and OASIS-2) only those, else every volume that is not named as a mask or another contrast. What
-lies under ``derivatives`` is passed over.
+Files are NIfTI (``.nii``, ``.hdr`` + ``.img``) or Analyze 7.5 (``.hdr`` + ``.img``), each with or without
+``.gz``. In a folder that has any ``…_T1w`` (BIDS, OASIS-3) only these count, in one that has any ``mpr-1``
+(raw scans of OASIS-1 and OASIS-2) only those, in neurite-oasis's 3D set only ``aligned_norm``, else every
+volume that is not named as a mask or another contrast. What lies under ``derivatives`` is passed over.
 
 A subject is named by ``OAS1_0001``, ``OAS2_0001``, ``OAS30001`` or ``sub-…`` in a file's path; else it is
 the folder below the source, or for files that lie in the source itself, each file.
@@ -18,8 +18,8 @@ data", "Common image-derived labels"; OASIS-2: Marcus et al. 2010, J. Cogn. Neur
 
 from __future__ import annotations
 
+import glob
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +27,19 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
+from .sources import walk
+
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)  # what is wrong is said once, in the report
 
-_VOLUME = re.compile(r"^(?P<stem>[^.].*?)(?:\.nifti)?\.(?:nii|nii\.gz|hdr|img)$", re.IGNORECASE)
-_MASK = re.compile(r"(?:_[a-z]*seg|_pve_?\d?|mask|aseg|aparc[^/]*)$", re.IGNORECASE)
+_VOLUME = re.compile(r"^(?P<stem>[^.].*?)(?:\.nifti)?\.(?P<kind>nii|hdr|img)(?:\.gz)?$", re.IGNORECASE)
+_MASK = re.compile(r"(?:_[a-z]*seg\d*|_pve_?\d?|mask|aseg|aparc[^/]*)$", re.IGNORECASE)
 _OTHER = re.compile(
     r"_(?:T2w?|T2star|T2starw|T1map|T2map|PDw?|FLAIR|bold|sbref|dwi|epi|asl|swi|phase\w*|magnitude\d?|angio)$",
     re.IGNORECASE,
 )
 _SUBJECT = re.compile(r"(?P<oasis>OAS[12]_\d{4}|OAS3\d{4})|(?P<bids>sub-[A-Za-z0-9]+)")
 _MPR = re.compile(r"(?:^|_)mpr-\d", re.IGNORECASE)
+_PREFERRED = (re.compile(r"_T1w$", re.IGNORECASE), _MPR, re.compile(r"^aligned_norm$", re.IGNORECASE))
 _FAST, _BIDS = (0, 1, 2, 3), (0, 2, 3, 1)  # class of the course for each value of the file
 _SEGMENTATIONS = (("_seg", _FAST), ("_pveseg", _FAST), ("_fseg", _FAST), ("_dseg", _BIDS))
 _MOST_VOXELS = 10**8
@@ -70,6 +73,19 @@ def _stem(path: Path) -> str | None:
     return match["stem"] if match else None
 
 
+def _kind(path: Path) -> str:
+    """ "nii", "hdr" or "img"."""
+    return _VOLUME.match(path.name)["kind"].lower()
+
+
+def _beside(path: Path, kind: str) -> Path | None:
+    """The other half of a pair, whatever the case of its ending and whether packed."""
+    wanted = re.compile(rf"(?:\.nifti)?\.{kind}(?:\.gz)?", re.IGNORECASE)
+    start = re.sub(r"(?:\.nifti)?\.(?:hdr|img)(?:\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    found = (p for p in path.parent.glob(glob.escape(start) + ".*") if wanted.fullmatch(p.name[len(start) :]))
+    return min(found, default=None)
+
+
 def is_volume(path: Path) -> bool:
     """Whether a file is named like a volume."""
     return path.is_file() and _stem(path) is not None
@@ -82,18 +98,20 @@ def _numbers_as_numbers(path: Path) -> list:
 def find_scans(source: Path) -> list[Scan]:
     """The T1 volumes of a file or folder by subject, first sessions and runs first; maybe none."""
     if source.is_file():
-        header = source.with_suffix(".hdr") if source.suffix.lower() == ".img" else source
-        path = header if header.exists() else source
+        if _stem(source) is None:
+            return []
+        path = (_kind(source) == "img" and _beside(source, "hdr")) or source
         return [Scan(_subject(source.parent.absolute(), source.absolute()), path, _segmentation(path))]
     found: dict[Path, Path] = {}
-    for place, folders, names in os.walk(source):
-        folders[:] = sorted(f for f in folders if f != "derivatives" and not f.startswith("."))
-        for path in (Path(place, name) for name in names):
-            if (stem := _stem(path)) and not _MASK.search(stem) and not _OTHER.search(stem):
-                key = path.with_name(stem)
-                if key not in found or path.suffix.lower() != ".img":  # of a pair the header
-                    found[key] = path
-    for kind in (re.compile(r"_T1w$", re.IGNORECASE), _MPR):
+    for path in walk(source):
+        inside = path.relative_to(source).parts[:-1]
+        if any(folder == "derivatives" or folder.startswith(".") for folder in inside):
+            continue
+        if (stem := _stem(path)) and not _MASK.search(stem) and not _OTHER.search(stem):
+            key = path.with_name(stem)
+            if key not in found or _kind(path) != "img":  # of a pair the header
+                found[key] = path
+    for kind in _PREFERRED:
         if chosen := {key: path for key, path in found.items() if kind.search(key.name)}:
             found = chosen
             break
@@ -115,7 +133,7 @@ def _segmentation(path: Path) -> tuple[Path, tuple[int, ...]] | None:
     stem = _stem(path)
     for start in (stem, re.sub(r"_T1w$", "", stem)):
         for end, classes in _SEGMENTATIONS:
-            for kind in (".nii.gz", ".nii", ".hdr"):
+            for kind in (".nii.gz", ".nii", ".hdr", ".hdr.gz"):
                 if (beside := path.with_name(f"{start}{end}{kind}")).exists():
                     return beside, classes
     return None
@@ -142,12 +160,14 @@ def read_volume(path: Path) -> Volume:
     says none that can be trusted; its axes are taken to be left-handed, as Analyze defines (to the left,
     front and top).
     """
-    if path.suffix.lower() in (".hdr", ".img"):
-        for there, other in ((".hdr", ".img"), (".img", ".hdr")):
-            if path.suffix.lower() == there and not path.with_suffix(other).exists():
-                raise ScanUnusable(f"the {other} beside it is missing; copy it too")
+    pair = {_kind(path): path}
+    for there, other in (("hdr", "img"), ("img", "hdr")):
+        if there in pair:
+            if (half := _beside(path, other)) is None:
+                raise ScanUnusable(f"the .{other} beside it is missing; copy it too")
+            pair[other] = half
     try:
-        image = nibabel.load(path)
+        image = _loaded_pair(pair["hdr"], pair["img"]) if "hdr" in pair else nibabel.load(path)
         shape, dtype, affine = image.shape, image.get_data_dtype(), np.asarray(image.affine, np.float64)
     except Exception as error:  # nibabel raises many kinds for a file of noise
         raise ScanUnusable(f"it cannot be read ({_line(error)}); copy it again") from None
@@ -176,6 +196,15 @@ def read_volume(path: Path) -> Volume:
     header = image.header
     nifti = isinstance(header, nibabel.Nifti1Header)
     return Volume(values, affine, bool(nifti and (header["sform_code"] > 0 or header["qform_code"] > 0)))
+
+
+def _loaded_pair(header: Path, image: Path):
+    """A header and its image, each packed or not: nibabel.load wants both alike."""
+    with nibabel.openers.ImageOpener(header) as file:
+        is_nifti = file.read(348)[344:] == b"ni1\0"
+    kind = nibabel.Nifti1Pair if is_nifti else nibabel.Spm2AnalyzeImage
+    holders = {"header": header, "image": image, "mat": header.with_suffix(".mat")}  # the last of SPM
+    return kind.from_file_map({k: nibabel.FileHolder(filename=str(p)) for k, p in holders.items()})
 
 
 def _values(image, shape: tuple[int, ...]) -> np.ndarray:

@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..layout import PLANES, DataLocation, check_space, pad, png_bytes, remove_leftovers
-from .convert import ConversionReport, _claim, _scaled, _Unusable, _write_rows, split_of
+from ..layout import PLANES, DataLocation, check_space, pad, png_bytes
+from .convert import ConversionReport, _scaled, _Unusable, split_of
 from .scans import ScanUnusable, read_volume
-from .subjects import RATINGS, Subject, write_subjects
-from .volumes import CASE_BYTES, course_planes, whole_rows, write_case
+from .subjects import RATINGS, Subject, join_subjects
+from .target import claimed, finished_bytes
+from .volumes import CASE_BYTES, course_planes
 
 SOURCE = "nilearn-oasis"
 VERSION = 1
@@ -102,31 +103,27 @@ def convert_vbm(
     fetched, and ``FileExistsError`` rather than overwrite something (unless ``force``).
     """
     _agreed(agree)
-    check_space(root, CASE_BYTES * (n_subjects or 415), "the slices")
+    there = 0 if force else finished_bytes(root)
+    check_space(root, max(0, CASE_BYTES * (n_subjects or 415) - there), "the slices")
     bunch = _fetched(fetch, n_subjects)
-    _claim(Path(SOURCE), root, {"version": VERSION, "format": SOURCE}, force)
-    remove_leftovers(root)
-
-    rows = whole_rows(root)
-    report = ConversionReport(DataLocation(root, "oasis"), SOURCE, kept=len(rows))
-    pairs = list(zip(map(Path, bunch.gray_matter_maps), map(Path, bunch.white_matter_maps)))
-    for grey, white in tqdm(pairs, desc="converting", unit="subject", file=sys.stderr):
-        case = int(re.search(r"OAS1_(\d{4})", grey.name)[1])
-        if case in rows:
-            continue
-        try:
-            images, masks = _slices(grey, white)
-        except (ScanUnusable, _Unusable, OSError) as error:
-            report.left_out.append(f"case {case:03d}: {error}")
-            continue
-        rows[case] = write_case(root, case, split_of(case), images, masks)
-        _write_rows(root, rows)
-        report.converted += 1
-    people = {int(row["id"][5:9]): _subject(row) for _, row in bunch.ext_vars.iterrows()}
-    write_subjects(root, {case: people[case] for case in sorted(rows) if case in people})
-    report.notes.append(f"the terms of use are in {bunch.data_usage_agreement}")
-    if unknown := sorted(set(rows) - set(people)):
-        report.notes.append(f"{len(unknown)} cases are not in nilearn's table, the first is {unknown[0]}")
-    if not rows:
-        report.left_out.append(f"{SOURCE}: no map could be used")
+    with claimed(root, {"version": VERSION, "format": SOURCE}, force=force) as target:
+        report = ConversionReport(DataLocation(root, "oasis"), SOURCE, kept=len(target.rows))
+        pairs = list(zip(map(Path, bunch.gray_matter_maps), map(Path, bunch.white_matter_maps)))
+        for grey, white in tqdm(pairs, desc="converting", unit="subject", file=sys.stderr):
+            case = int(re.search(r"OAS1_(\d{4})", grey.name)[1])
+            if case in target.rows:
+                continue
+            try:
+                images, masks = _slices(grey, white)
+            except (ScanUnusable, _Unusable, OSError) as error:
+                report.left_out.append(f"case {case:03d}: {error}")
+                continue
+            target.add(case, split_of(case), images, masks)
+            report.converted += 1
+        people = {int(row["id"][5:9]): _subject(row) for _, row in bunch.ext_vars.iterrows()}
+        report.notes.append(f"the terms of use are in {bunch.data_usage_agreement}")
+        if target.rows:
+            report.notes += join_subjects(root, people, target.rows, "nilearn's table")
+        else:
+            report.left_out.append(f"{SOURCE}: no map could be used")
     return report

@@ -14,7 +14,6 @@ which file, how similar it is to the template, and where the axes run that the v
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 import sys
@@ -31,37 +30,27 @@ from tqdm.auto import tqdm
 
 from ..layout import (
     COLS,
-    DATASET_FOLDER,
     PLANES,
     ROWS,
     SPLITS,
     DataLocation,
     check_space,
-    image_name,
-    mask_name,
     pad,
     png_bytes,
-    remove_leftovers,
     write_file,
 )
-from .convert import (
-    CaseRow,
-    ConversionReport,
-    _claim,
-    _files_of,
-    _scaled,
-    _Unusable,
-    _write_rows,
-    read_rows,
-    split_of,
-)
+from .convert import ConversionReport, _scaled, _Unusable, split_of
 from .phantoms import _CENTRE, _FIRST_Z, _T88_SCALE
 from .registration import Fit, need_simpleitk, register
 from .scans import Scan, ScanUnusable, Volume, find_scans, read_volume
-from .subjects import read_subjects, write_subjects
+from .sources import form_of
+from .subjects import join_subjects, read_subjects
+from .target import CaseRow, claimed, finished_bytes
 
 VERSION = 1  # raise when the same source would no longer give the same bytes
 LEAST_SIMILARITY = 0.6
+# Of drawn heads a brain without skull that is mirrored front to back still reaches 0.7, what lies well 0.95.
+_SURE, _CLEARLY = 0.85, 0.1
 CASE_BYTES = 2_500_000  # of 32 slices with their masks, at most
 _FIRST_OWN = 50_001  # case ids of subjects who are not of OASIS
 _SHARES = {"train": 0.85, "validate": 0.10, "test": 0.05}
@@ -106,12 +95,16 @@ class _Made:
 
 def _fitted(volume: Volume, least: float) -> tuple[Fit, str | None]:
     fit = register(volume.values, volume.affine, trusted=volume.trusted)
-    if fit.similarity >= least or not volume.trusted:
+    if fit.similarity >= _SURE or not volume.trusted:
         return fit, None
     other = register(volume.values, volume.affine, trusted=False)
-    if other.similarity < least:
-        return max(fit, other, key=lambda f: f.similarity), None
-    return other, f"its header is wrong about its axes: they run to {other.axes} by what the volume shows"
+    enough = least if fit.similarity < least else fit.similarity + _CLEARLY
+    if other.similarity < enough:
+        return (fit if fit.similarity >= least else max(fit, other, key=lambda f: f.similarity)), None
+    return other, (
+        f"its header is wrong about its axes: they run to {other.axes} by what the volume shows, or to the "
+        "mirror image of that: which side is left no picture tells"
+    )
 
 
 def _masks_of(scan: Scan, volume: Volume, fit: Fit) -> list[bytes]:
@@ -207,21 +200,6 @@ def _next_split(rows: dict[int, CaseRow]) -> str:
     return max(SPLITS, key=lambda split: _SHARES[split] / (2 * counts[split] + 1))
 
 
-def write_case(root: Path, case: int, split: str, images: list[bytes], masks: list[bytes]) -> CaseRow:
-    """Write the slices of one case, and its row of ``conversion.csv``."""
-    files = {f"{DATASET_FOLDER}_{split}/{image_name(case, k)}": png for k, png in enumerate(images)}
-    files |= {f"{DATASET_FOLDER}_seg_{split}/{mask_name(case, k)}": png for k, png in enumerate(masks)}
-    for name, content in files.items():
-        write_file(root / name, content)
-    digests = "\n".join(hashlib.sha256(content).hexdigest() for content in files.values())
-    return CaseRow(case, split, len(images), len(masks), hashlib.sha256(digests.encode()).hexdigest())
-
-
-def whole_rows(root: Path) -> dict[int, CaseRow]:
-    """The cases of ``conversion.csv`` whose files are all there."""
-    return {c: row for c, row in read_rows(root).items() if all(p.exists() for p in _files_of(root, row))}
-
-
 # ---- the whole ------------------------------------------------------------------------------------
 
 
@@ -251,48 +229,49 @@ def convert_volumes(
     scans = find_scans(source)
     if not scans:
         raise FileNotFoundError(
-            f"{source} holds no volume: no .nii, .nii.gz, or .hdr with .img, of a T1 scan."
+            f"{source} holds no volume: no .nii, .nii.gz, or .hdr with .img, of a T1 scan. Unpack archives."
         )
     by_subject = {name: list(found) for name, found in groupby(scans, key=lambda s: s.subject)}
-    check_space(root, CASE_BYTES * len(by_subject), "the slices")
-    _claim(source, root, {"version": VERSION, "format": "volumes"}, force)
-    remove_leftovers(root)
-    if force:
-        (root / "volumes.csv").unlink(missing_ok=True)
-
-    before, rows, known = read_rows(root), whole_rows(root), read_volume_rows(root)
-    report = ConversionReport(DataLocation(root, "oasis"), str(source), kept=len(rows))
-    wanted = {s: f for s, f in by_subject.items() if s not in known or known[s].case not in rows}
-    workers = min(workers or min(joblib.cpu_count(), 3), max(len(wanted), 1))  # each needs half a gigabyte
-    made = _prepared(list(wanted.values()), least, workers)
-    with tqdm(total=len(wanted), desc="registering", unit="subject", file=sys.stderr) as bar:
-        for subject, found in zip(wanted, made):
-            bar.update()
-            report.left_out += found.left_out
-            report.notes += found.notes
-            if found.scan is None:
-                continue
-            case = _case_of(subject, known)
-            if case in before:
-                split = before[case].split
-            else:  # OASIS-1 has the course's splits
-                split = split_of(case) if case < 10_000 else _next_split(rows)
-            row = write_case(root, case, split, found.images, found.masks)
-            file = found.scan.path.relative_to(source if source.is_dir() else source.parent).as_posix()
-            known[subject] = VolumeRow(case, subject, file, round(found.fit.similarity, 4), found.fit.axes)
-            _write_volume_rows(root, known)
-            rows[case] = row
-            _write_rows(root, rows)
-            report.converted += 1
-            if len(by_subject[subject]) > 1:
-                report.notes.append(f"{subject} has {len(by_subject[subject])} scans: {file} is taken")
-    if people is not None:
-        write_subjects(root, {c: people[c] for c in sorted(rows) if c in people})
-        if unknown := sorted(set(rows) - set(people)):
-            report.notes.append(f"{len(unknown)} cases are not in {subjects}, the first is {unknown[0]}")
-    report.notes += _summary(root, rows, {row.case: row for row in known.values()})
-    if not rows:
-        report.left_out.append(f"{source}: no volume could be used")
+    there = 0 if force else finished_bytes(root)
+    check_space(root, max(0, CASE_BYTES * len(by_subject) - there), "the slices")
+    with claimed(root, {"version": VERSION, "format": "volumes"}, source=source, force=force) as target:
+        known, rows = {} if force else read_volume_rows(root), target.rows
+        report = ConversionReport(DataLocation(root, "oasis"), str(source), kept=len(rows))
+        wanted = {s: f for s, f in by_subject.items() if s not in known or known[s].case not in rows}
+        workers = min(
+            workers or min(joblib.cpu_count(), 3), max(len(wanted), 1)
+        )  # each needs half a gigabyte
+        made = _prepared(list(wanted.values()), least, workers)
+        with tqdm(total=len(wanted), desc="registering", unit="subject", file=sys.stderr) as bar:
+            for subject, found in zip(wanted, made):
+                bar.update()
+                report.left_out += found.left_out
+                report.notes += found.notes
+                if found.scan is None:
+                    continue
+                case = _case_of(subject, known)
+                if case in target.noted:
+                    split = target.noted[case].split
+                else:  # OASIS-1 has the course's splits
+                    split = split_of(case) if case < 10_000 else _next_split(rows)
+                file = found.scan.path.relative_to(source if source.is_dir() else source.parent).as_posix()
+                known[subject] = VolumeRow(
+                    case, subject, file, round(found.fit.similarity, 4), found.fit.axes
+                )
+                target.add(case, split, found.images, found.masks)
+                _write_volume_rows(root, known)
+                report.converted += 1
+                if len(by_subject[subject]) > 1:
+                    report.notes.append(f"{subject} has {len(by_subject[subject])} scans: {file} is taken")
+        if people is not None and rows:
+            report.notes += join_subjects(root, people, rows, str(subjects))
+        if any(form_of(scan.path.as_posix()) == "3D" for scan in scans):
+            report.notes.append(
+                "this is neurite-oasis's 3D set: its heads are registered as any other volume"
+            )
+        report.notes += _summary(root, rows, {row.case: row for row in known.values()})
+        if not rows:
+            report.left_out.append(f"{source}: no volume could be used")
     return report
 
 
