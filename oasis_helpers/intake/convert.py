@@ -1,6 +1,6 @@
 """Whatever form of OASIS a learner has, in; the course set's layout, out.
 
-Four sources are recognised by their file names:
+Five sources are recognised by their file names:
 
 ``course``
     The course zip ``keras_png_slices_data.zip`` or its unpacked folders, nested or not. PNGs
@@ -12,6 +12,8 @@ Four sources are recognised by their file names:
 ``neurite``
     neurite-oasis (2D): one skull-stripped *coronal* slice a subject. Another plane and
     another contrast, so it becomes a data set of its own.
+``kaggle``
+    Kaggle's JPEGs of OASIS-1, 61 axial slices of each scan (:mod:`.kaggle`).
 
 Geometry of ``oasis1``. The header's orientation is not trusted; axes are taken as Analyze 7.5
 defines them for "transverse unflipped": the first runs left–right, the second from
@@ -71,7 +73,7 @@ from ..layout import (
 from .archives import ArchiveDamaged, ArchiveRefused, Member, kind_of, members
 from .subjects import read_subjects, write_subjects
 
-FORMATS = ("course", "oasis1", "neurite")
+FORMATS = ("course", "oasis1", "neurite", "kaggle")
 VERSION = 1  # raise when the same source would no longer give the same bytes
 T88 = (ROWS, COLS, 176)
 FIRST_PLANE = 90 - 17  # of the T88 volume, counted from 0: slice 17 is OASIS's tra_90
@@ -91,6 +93,11 @@ _NAMES = {
         r"(?:^|/)OAS1_(\d{4})_MR(\d+)_mpr_n\d+_anon_111_t88_((?:masked_)?gfc(?:_fseg)?)\.(img|hdr)$"
     ),
     "neurite": re.compile(r"(?:^|/)OASIS_OAS1_(\d{4})_MR(\d+)/slice_(norm|seg4)\.nii\.gz$"),
+    "kaggle": re.compile(
+        r"(?:^|/)(?:OAS1_\d{4}_MR\d+_mpr-\d+_\d+|"
+        r"[ _-]*(?:non|very[ _-]*mild|mild|moderate)[ _-]*dement(?:ed|ia) */)[^/]*\.jpe?g$",
+        re.IGNORECASE,
+    ),
 }
 # What is wrong with a header is said once, in the report.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -98,6 +105,7 @@ _EXAMPLES = {
     "course": "keras_png_slices_train/case_001_slice_0.nii.png",
     "oasis1": "OAS1_0001_MR1_mpr_n4_anon_111_t88_gfc.img",
     "neurite": "OASIS_OAS1_0001_MR1/slice_norm.nii.gz",
+    "kaggle": "Mild Dementia/OAS1_0028_MR1_mpr-1_100.jpg",
 }
 
 
@@ -161,13 +169,13 @@ def _archives_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name)])
 
 
-def _folder_members(folder: Path) -> Iterator[Member]:
+def _folder_members(folder: Path, every: bool = False) -> Iterator[Member]:
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(place, name)
             relative = path.relative_to(folder.parent).as_posix()
-            if path.is_file() and any(p.search(relative) for p in _NAMES.values()):
+            if path.is_file() and (every or any(p.search(relative) for p in _NAMES.values())):
                 yield Member(relative, path.stat().st_size, path.read_bytes)
 
 
@@ -549,12 +557,13 @@ def convert(
     """Bring OASIS into the layout of the course set, whatever form it has.
 
     ``source`` is the course zip or folder, one OASIS-1 disc archive, a folder of them, the
-    unpacked tree, neurite-oasis (tar or folder), a T1 volume or a folder of them
-    (:mod:`.volumes`; what is less similar to the template than ``least_similarity`` is left out), or
-    "nilearn-oasis" (:mod:`.vbm`; ``agree`` to its terms); ``format`` ("course", "oasis1",
-    "neurite" or "volumes") overrides what its file names say. ``stripped`` takes OASIS-1's skull-stripped
-    volume. ``subjects`` is OASIS's own table (CSV); age, sex and CDR of the cases go
-    to ``subjects.csv``. ``workers`` is the number of threads (default: one per CPU).
+    unpacked tree, neurite-oasis (tar or folder), Kaggle's JPEGs (zip or folder; :mod:`.kaggle`), a T1
+    volume or a folder of them (:mod:`.volumes`; what is less similar to the template than
+    ``least_similarity`` is left out), or "nilearn-oasis" (:mod:`.vbm`; ``agree`` to its terms);
+    ``format`` ("course", "oasis1", "neurite", "kaggle" or "volumes") overrides what its file names
+    say. ``stripped`` takes OASIS-1's skull-stripped volume. ``subjects`` is OASIS's own table (CSV);
+    age, sex and CDR of the cases go to ``subjects.csv``. ``workers`` is the number of threads
+    (default: one per CPU).
 
     The split is the course's for the cases it has and :func:`split_of` for the rest; repeat
     sessions are left out. A case is written whole and then noted in ``conversion.csv``, so an
@@ -590,6 +599,10 @@ def convert(
     format = recognise(source, [format] if format else FORMATS)
     if stripped and format != "oasis1":
         raise ValueError(f"stripped is for OASIS-1 volumes; {source} holds {format} files.")
+    if format == "kaggle":
+        from .kaggle import convert_kaggle
+
+        return convert_kaggle(source, root, people, force=force)
     size = _size_of(source)
     check_space(root, int(size * _GROWTH[format]), "the slices")
     _claim(source, root, {"version": VERSION, "format": format, "stripped": stripped}, force)

@@ -21,10 +21,10 @@ RATINGS = (0.0, 0.5, 1.0, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class Subject:
-    """One person: ``age`` in years, ``sex`` "M" or "F", ``cdr`` one of RATINGS or None if not rated."""
+    """One person: ``age`` in years, ``sex`` "M" or "F", ``cdr`` one of RATINGS; None what is not known."""
 
-    age: float
-    sex: str
+    age: float | None
+    sex: str | None
     cdr: float | None
 
 
@@ -62,13 +62,14 @@ def read_subjects(path: Path) -> dict[int, Subject]:
 def _subject(row: dict[str, str], place: str) -> Subject:
     age, sex, cdr = ((row[c] or "").strip() for c in ("Age", "M/F", "CDR"))
     try:
-        years = float(age)
+        years = float(age) if age else None
     except ValueError:
         years = -1.0
-    if not 0 < years < 120:
-        raise ValueError(f"{place}: Age is {age!r}, should be a number of years.")
-    if sex not in ("M", "F"):
-        raise ValueError(f"{place}: M/F is {sex!r}, should be M or F.")
+    if years is not None and not 0 < years < 120:
+        raise ValueError(f"{place}: Age is {age!r}, should be a number of years, or empty.")
+    if sex not in ("M", "F", ""):
+        raise ValueError(f"{place}: M/F is {sex!r}, should be M, F or empty.")
+    sex = sex or None
     if cdr.lower() in ("", "na", "n/a", "nan"):
         return Subject(years, sex, None)
     try:
@@ -84,7 +85,8 @@ def write_subjects(root: Path, subjects: dict[int, Subject]) -> None:
     """Write ``subjects.csv`` into a data set, with OASIS's names of the columns and no others."""
     lines = [",".join(COLUMNS)]
     for case, s in sorted(subjects.items()):
-        lines.append(f"OAS1_{case:04d}_MR1,{s.sex},{s.age:g},{'' if s.cdr is None else format(s.cdr, 'g')}")
+        age, cdr = ("" if value is None else format(value, "g") for value in (s.age, s.cdr))
+        lines.append(f"OAS1_{case:04d}_MR1,{s.sex or ''},{age},{cdr}")
     write_file(root / FILE, ("\n".join(lines) + "\n").encode())
 
 
