@@ -161,8 +161,7 @@ def _plane(member: Member) -> np.ndarray:
     if pixels is None:
         raise _Unusable(f"{name} is {size[0]}×{size[1]}, should be 496×248: give the files as downloaded")
     if mode == "RGB":
-        spread = pixels.max(axis=2) - pixels.min(axis=2)
-        if spread.mean() > 8:
+        if np.ptp(pixels[::4, ::4], axis=2).mean() > 8:  # some pixels tell
             raise _Unusable(f"{name} is in colour, should be grey")
         pixels = pixels[:, :, 1]
     elif mode != "L":
