@@ -121,13 +121,15 @@ def test_a_network_is_told_the_rating_and_not_what_nobody_knows(made):
 
 
 def test_a_zip_gives_the_same(made, files, tmp_path):
-    folder = tmp_path / "downloads"
-    folder.mkdir()
-    archive = write_zip(folder / "archive.zip", files)
+    convert(write_zip(tmp_path / "archive.zip", files), tmp_path / "out")
     wanted = {p.name: p.read_bytes() for p in made[0].glob("out/keras*/*.png")}
-    for number, source in enumerate((archive, folder)):
-        convert(source, tmp_path / f"out{number}")
-        assert {p.name: p.read_bytes() for p in tmp_path.glob(f"out{number}/keras*/*.png")} == wanted
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("out/keras*/*.png")} == wanted
+
+
+def test_a_folder_that_holds_the_zip_will_do(tmp_path):
+    (tmp_path / "downloads").mkdir()
+    write_zip(tmp_path / "downloads" / "archive.zip", scan(441))
+    assert convert(tmp_path / "downloads", tmp_path / "out").converted == 1
 
 
 def test_what_needs_masks_says_so(made):
