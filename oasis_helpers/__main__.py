@@ -334,13 +334,15 @@ def _add_data_commands(commands) -> None:
     )
     p.add_argument(
         "source",
-        help="course zip or folder, OASIS-1 disc archive, folder of discs, unpacked tree, or neurite-oasis; "
-        "any T1-weighted volume (NIfTI or Analyze) or a folder of them (BIDS, OASIS-2, OASIS-3, raw "
-        "OASIS-1); or the word nilearn-oasis, which fetches maps of grey matter",
+        help="course zip or folder, OASIS-1 disc archive, folder of discs, unpacked tree, neurite-oasis, or "
+        "Kaggle's JPEGs (imagesoasis); any T1-weighted volume (NIfTI or Analyze) or a folder of them (BIDS, "
+        "OASIS-2, OASIS-3, raw OASIS-1); or the word nilearn-oasis, which fetches maps of grey matter",
     )
     p.add_argument("out", help="new folder, or one where an earlier conversion goes on")
     p.add_argument(
-        "--format", choices=("course", "oasis1", "neurite", "volumes"), help="instead of recognising it"
+        "--format",
+        choices=("course", "oasis1", "neurite", "kaggle", "volumes"),
+        help="instead of recognising it",
     )
     p.add_argument("--stripped", action="store_true", help="OASIS-1: the skull-stripped volume")
     p.add_argument("--subjects", help="OASIS's own table (CSV or .xlsx), for age, sex and CDR")

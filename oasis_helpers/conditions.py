@@ -216,7 +216,7 @@ _OF_PHANTOMS: _Known = {
 _OF_PEOPLE: _Known = {
     "height": _HEIGHT,
     "age": (Factor(18, 98), lambda case, plane: case.age),
-    "sex": (Label(len(SEXES)), lambda case, plane: SEXES.index(case.sex)),
+    "sex": (Label(len(SEXES)), lambda case, plane: None if case.sex is None else SEXES.index(case.sex)),
     "cdr": (Label(len(RATINGS)), lambda case, plane: None if case.cdr is None else RATINGS.index(case.cdr)),
 }
 PHANTOM_CONDITIONS = {name: condition for name, (condition, _) in _OF_PHANTOMS.items()}

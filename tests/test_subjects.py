@@ -45,7 +45,7 @@ def test_what_a_spreadsheet_adds_is_passed_over(change, encoding, tmp_path):
     ("line", "message"),
     [
         ("OAS1_0003_MR1;F;R;old;;;;0", "line 5: Age is 'old'"),
-        ("OAS1_0003_MR1;;R;70;;;;0", "line 5: M/F is ''"),
+        ("OAS1_0003_MR1;X;R;70;;;;0", "line 5: M/F is 'X'"),
         ("OAS1_0003_MR1;F;R;70;;;;0,7", "line 5: CDR is '0,7'"),
         ("OAS1_003;F;R;70;;;;0", "line 5: ID is 'OAS1_003'"),
     ],

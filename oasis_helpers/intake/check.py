@@ -32,14 +32,16 @@ from ..layout import (
 class DatasetReport:
     """What :func:`check_dataset` found. ``ok`` is True when nothing is wrong.
 
-    ``counts``: split → (slices, cases). ``checksums``: "unmodified" when every whole case equals
-    the course set's (or, for a converted set, what was converted); "re-encoded" when every
-    case differs in its bytes and every slice looks right; "altered" when only some differ, with
-    their ids in ``altered``; "incomplete" when no case is whole; "not OASIS" for phantoms.
+    ``form``: what the set was made from, in words. ``counts``: split → (slices, cases). ``checksums``:
+    "unmodified" when every whole case equals the course set's (or, for a converted set, what was
+    converted); "re-encoded" when every case differs in its bytes and every slice looks right; "altered"
+    when only some differ, with their ids in ``altered``; "incomplete" when no case is whole; "not OASIS"
+    for phantoms.
     """
 
     root: Path
     kind: str
+    form: str
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     corrupt: list[str] = field(default_factory=list)
@@ -70,7 +72,7 @@ class DatasetReport:
         return not self.problems and self.checksums != "altered"
 
     def __str__(self) -> str:
-        lines = [f"{'OASIS' if self.kind == 'oasis' else 'phantoms'}: {'ok' if self.ok else 'PROBLEMS'}"]
+        lines = [f"{self.form}: {'ok' if self.ok else 'PROBLEMS'}"]
         lines += [f"  {s:<9} {n:>6,} slices {c:>4} cases" for s, (n, c) in self.counts.items()]
         for kind, found in self.problems.items():
             lines.append(f"  {kind}: {len(found)}")
@@ -112,7 +114,9 @@ def check_dataset(root: str | Path) -> DatasetReport:
     there is no data set at ``root``.
     """
     location = locate(Path(root).expanduser())
-    report = DatasetReport(location.root, location.kind)
+    made_from = _made_from(location)
+    form = "phantoms" if location.kind == "phantoms" else _FORMS.get(made_from, f"OASIS, {made_from}")
+    report = DatasetReport(location.root, location.kind, form)
     known, without_masks = _known_cases(location), _without_masks(location)
     splits_of: dict[int, list[str]] = defaultdict(list)
     digests: dict[int, dict[str, list[str]]] = defaultdict(lambda: {"case": [], "seg": []})
@@ -209,12 +213,27 @@ def _check_file(path: Path, report: DatasetReport, prefix: str, like_course: boo
         report.odd.append(f"{name}: something outside the middle 176×208 pixels; copy it again")
 
 
+_FORMS = {
+    "course": "OASIS, the course's archive",
+    "oasis1": "OASIS, discs of OASIS-1",
+    "neurite": "OASIS, neurite-oasis 2D",
+    "nilearn-oasis": "OASIS, grey matter by nilearn",
+    "volumes": "T1 volumes",
+    "kaggle": "OASIS, Kaggle's JPEGs",
+}
+
+
+def _made_from(location: DataLocation) -> str:
+    """The format that a conversion noted; "course" where none was needed."""
+    plan = location.root / "conversion.json"
+    return json.loads(plan.read_text(encoding="utf-8"))["format"] if plan.exists() else "course"
+
+
 def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]]] | None:
     """Number of slices and digests that each case should have; None if nobody knows them."""
     if location.kind == "phantoms":
         return None
-    plan = location.root / "conversion.json"
-    if not plan.exists() or json.loads(plan.read_text(encoding="utf-8"))["format"] == "course":
+    if _made_from(location) == "course":
         return {
             case: (int(row["slices"]), (row["images_sha256"], row["masks_sha256"]))
             for case, row in course_cases().items()

@@ -1,6 +1,6 @@
 """Whatever form of OASIS a learner has, in; the course set's layout, out.
 
-Four sources are recognised by their file names:
+Five sources are recognised by their file names:
 
 ``course``
     The course zip ``keras_png_slices_data.zip`` or its unpacked folders, nested or not. PNGs
@@ -12,6 +12,8 @@ Four sources are recognised by their file names:
 ``neurite``
     neurite-oasis (2D): one skull-stripped *coronal* slice a subject. Another plane and
     another contrast, so it becomes a data set of its own.
+``kaggle``
+    Kaggle's JPEGs of OASIS-1, 61 axial slices of each scan (:mod:`.kaggle`).
 
 Geometry of ``oasis1``. The header's orientation is not trusted; axes are taken as Analyze 7.5
 defines them for "transverse unflipped": the first runs left–right, the second from
@@ -273,12 +275,13 @@ def convert(
     """Bring OASIS into the layout of the course set, whatever form it has.
 
     ``source`` is the course zip or folder, one OASIS-1 disc archive, a folder of them, the
-    unpacked tree, neurite-oasis (tar or folder), a T1 volume or a folder of them
-    (:mod:`.volumes`; what is less similar to the template than ``least_similarity`` is left out), or
-    "nilearn-oasis" (:mod:`.vbm`; ``agree`` to its terms); ``format`` ("course", "oasis1",
-    "neurite" or "volumes") overrides what its file names say. ``stripped`` takes OASIS-1's skull-stripped
-    volume. ``subjects`` is OASIS's own table (CSV); age, sex and CDR of the cases go
-    to ``subjects.csv``. ``workers`` is the number of threads (default: one per CPU).
+    unpacked tree, neurite-oasis (tar or folder), Kaggle's JPEGs (zip or folder; :mod:`.kaggle`), a T1
+    volume or a folder of them (:mod:`.volumes`; what is less similar to the template than
+    ``least_similarity`` is left out), or "nilearn-oasis" (:mod:`.vbm`; ``agree`` to its terms);
+    ``format`` ("course", "oasis1", "neurite", "kaggle" or "volumes") overrides what its file names
+    say. ``stripped`` takes OASIS-1's skull-stripped volume. ``subjects`` is OASIS's own table (CSV);
+    age, sex and CDR of the cases go to ``subjects.csv``. ``workers`` is the number of threads
+    (default: one per CPU).
 
     The split is the course's for the cases it has and :func:`split_of` for the rest; repeat
     sessions are left out. A case is written whole and then noted in ``conversion.csv``, so an
@@ -322,6 +325,10 @@ def convert(
     format = found.recognise([format] if format else FORMATS)
     if stripped and format != "oasis1":
         raise ValueError(f"stripped is for OASIS-1 volumes; {source} holds {format} files.")
+    if format == "kaggle":
+        from .kaggle import convert_kaggle
+
+        return convert_kaggle(found, root, people, force=force)
     there = 0 if force else finished_bytes(root)
     check_space(root, max(0, int(found.size * _GROWTH[format]) - there), "the slices")
     plan = {"version": VERSION, "format": format, "stripped": stripped}

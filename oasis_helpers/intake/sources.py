@@ -17,7 +17,7 @@ from pathlib import Path
 from ..layout import DATASET_FOLDER, is_clutter
 from .archives import ArchiveDamaged, ArchiveRefused, Member, is_archive_name, kind_of, members
 
-FORMATS = ("course", "oasis1", "neurite")
+FORMATS = ("course", "oasis1", "neurite", "kaggle")
 NAMES = {
     "course": re.compile(
         rf"(?:^|/)(?:{DATASET_FOLDER}_(?:seg_)?(train|validate|test)/)?(case|seg)_(\d{{1,4}})_slice_(\d{{1,3}})(?:\.nii)?\.png$",
@@ -28,11 +28,17 @@ NAMES = {
         re.IGNORECASE,
     ),
     "neurite": re.compile(r"(?:^|/)OASIS_OAS1_(\d{4})_MR(\d+)/slice_(norm|seg4)\.nii\.gz$", re.IGNORECASE),
+    "kaggle": re.compile(
+        r"(?:^|/)(?:OAS1_\d{4}_MR\d+_mpr-\d+_\d+|"
+        r"[ _-]*(?:non|very[ _-]*mild|mild|moderate)[ _-]*dement(?:ed|ia) */)[^/]*\.jpe?g$",
+        re.IGNORECASE,
+    ),
 }
 EXAMPLES = {
     "course": "keras_png_slices_train/case_001_slice_0.nii.png",
     "oasis1": "OAS1_0001_MR1_mpr_n4_anon_111_t88_gfc.img",
     "neurite": "OASIS_OAS1_0001_MR1/slice_norm.nii.gz",
+    "kaggle": "Mild Dementia/OAS1_0028_MR1_mpr-1_100.jpg",
 }
 _OTHER_FORMS = {
     "phantoms": re.compile(r"(?:^|/)phantoms\.json$"),

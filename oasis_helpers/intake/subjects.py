@@ -25,10 +25,10 @@ RATINGS = (0.0, 0.5, 1.0, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class Subject:
-    """One person: ``age`` in years, ``sex`` "M" or "F", ``cdr`` one of RATINGS or None if not rated."""
+    """One person: ``age`` in years, ``sex`` "M" or "F", ``cdr`` one of RATINGS; None what is not known."""
 
-    age: float
-    sex: str
+    age: float | None
+    sex: str | None
     cdr: float | None
 
 
@@ -142,11 +142,11 @@ def _number(text: str) -> float | None:
 
 def _subject(row: dict[str, str], place: str) -> Subject:
     age, sex, cdr = row["Age"], row["M/F"].upper(), row["CDR"]
-    years = _number(age)
-    if years is None or not 0 < years < 120:
-        raise ValueError(f"{place}: Age is {age!r}, should be a number of years.")
-    if sex not in ("M", "F"):
-        raise ValueError(f"{place}: M/F is {row['M/F']!r}, should be M or F.")
+    years, sex = _number(age), sex or None
+    if age and (years is None or not 0 < years < 120):
+        raise ValueError(f"{place}: Age is {age!r}, should be a number of years, or empty.")
+    if sex not in ("M", "F", None):
+        raise ValueError(f"{place}: M/F is {row['M/F']!r}, should be M, F or empty.")
     if cdr.lower() in ("", "na", "n/a", "nan", "#n/a", "#nv", "null", "none"):
         return Subject(years, sex, None)
     rating = _number(cdr)
@@ -159,7 +159,8 @@ def write_subjects(root: Path, subjects: dict[int, Subject]) -> None:
     """Write ``subjects.csv`` into a data set, with OASIS's names of the columns and no others."""
     lines = [",".join(COLUMNS)]
     for case, s in sorted(subjects.items()):
-        lines.append(f"OAS1_{case:04d}_MR1,{s.sex},{s.age:g},{'' if s.cdr is None else format(s.cdr, 'g')}")
+        age, cdr = ("" if value is None else format(value, "g") for value in (s.age, s.cdr))
+        lines.append(f"OAS1_{case:04d}_MR1,{s.sex or ''},{age},{cdr}")
     write_file(root / FILE, ("\n".join(lines) + "\n").encode())
 
 

@@ -283,12 +283,18 @@ def _summary(root: Path, rows: dict[int, CaseRow], made: dict[int, VolumeRow]) -
         f"similarity with the template: {root / 'volumes.csv'} has each; the lowest is "
         f"{worst.similarity:.2f} (case {worst.case}, {worst.file})"
     )
+    hint = (
+        "A segmentation beside a volume becomes its masks: NAME_seg, NAME_pveseg, NAME_fseg (FSL) or "
+        "NAME_dseg (BIDS)"
+    )
+    yield from what_lacks(rows, hint)
+
+
+def what_lacks(rows: dict[int, CaseRow], masks: str) -> Iterator[str]:
+    """A line if cases have no masks, with a word on where to get ``masks``, and one for each empty split."""
     if bare := [case for case, row in sorted(rows.items()) if not row.masks]:
-        yield (
-            f"{len(bare)} cases have no masks (the first is {bare[0]}): what needs tissues will say so. A "
-            "segmentation beside a volume becomes its masks: NAME_seg, NAME_pveseg, NAME_fseg (FSL) or "
-            "NAME_dseg (BIDS)"
-        )
+        without = f"{len(bare)} cases have no masks (the first is {bare[0]})"
+        yield f"{without}: what needs tissues will say so. {masks}"
     for split in SPLITS:
         if not any(row.split == split for row in rows.values()):
             yield f"there is no case for {split} yet, and the notebooks need all three: add subjects"
