@@ -447,3 +447,14 @@ def test_one_failure_on_one_processor_is_a_failure(passes, monkeypatch, capsys):
     table = capsys.readouterr().out.rpartition("\n\n")[2]
     assert "| SSE 4.1 (SSE 4.1) | AVX2 (AVX2) | this one (THIS ONE) |" in table
     assert table.count("| of AVX2 |") == len(ALL)
+
+
+def test_a_processor_that_has_no_more_than_avx2_runs_the_notebooks_once(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(
+        processors, "run", lambda notebook, processor: (ran.append(processor) or processor, True)
+    )
+    monkeypatch.setattr(processors, "capability", lambda name: "DEFAULT" if name == "SSE 4.1" else "AVX2")
+    assert not processors.main()
+    assert "| AVX2 (AVX2) | this one (AVX2) | this one, two threads (AVX2) |" in capsys.readouterr().out
+    assert set(ran) == {"SSE 4.1", "AVX2", "this one, two threads"}
