@@ -63,6 +63,7 @@ BROKEN = {
     "a login page, packed": (lambda p: p.write_bytes(gzip.compress(LOGIN)), "a web page, not an archive"),
     "an error of a server": (lambda p: p.write_text('{"error": "denied"}'), "is a text .*denied.*: log in"),
     "nothing": (lambda p: p.write_bytes(b""), "is empty: download it again"),
+    "an empty zip": (lambda p: p.write_bytes(b"PK\5\6" + bytes(18)), "is an empty zip: download it again"),
     "a pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a text"),
     "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), "is not a zip, a tar or a tar.gz"),
     "a link": (_link, "holds the link 'link'"),
@@ -84,6 +85,10 @@ BROKEN = {
         "disc2.tar.gz (1)",
         "disc2.tar.gz.part",
         "disc2.tar.gz.html",
+        "Unconfirmed 1234.crdownload",
+        "disc2.part",
+        "disc2.xz",
+        "disc2.z01",
     ],
 )
 def test_a_login_page_costs_no_other(name, tmp_path, capsys):
