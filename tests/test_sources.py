@@ -496,3 +496,11 @@ def test_what_is_finished_needs_no_space(tmp_path, monkeypatch):
     assert convert(source, out).kept == 2
     with pytest.raises(OSError, match="MB free"):
         convert(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"version": 1}', '{"format": 5}', "{", "\xff"])
+def test_check_names_the_plan_that_is_damaged(content, tmp_path, capsys):
+    convert(neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441]), tmp_path / "out")
+    (tmp_path / "out" / "conversion.json").write_bytes(content.encode("latin-1"))
+    assert main(["check", str(tmp_path / "out")]) == 1
+    assert "conversion.json is damaged: convert again into a new folder" in capsys.readouterr().err
