@@ -504,3 +504,19 @@ def test_check_names_the_plan_that_is_damaged(content, tmp_path, capsys):
     (tmp_path / "out" / "conversion.json").write_bytes(content.encode("latin-1"))
     assert main(["check", str(tmp_path / "out")]) == 1
     assert "conversion.json is damaged: convert again into a new folder" in capsys.readouterr().err
+
+
+def test_out_that_links_to_itself_is_named(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    source = neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441])
+    for out in (source.parent, source):
+        assert main(["convert", str(out), str(tmp_path / "loop")]) == 1
+        assert "loop cannot be a folder" in capsys.readouterr().err
+
+
+def test_a_slice_left_empty_is_made_again(tmp_path):
+    source = neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441])
+    convert(source, tmp_path / "out")
+    next((tmp_path / "out").rglob("case_402_*.png")).write_bytes(b"")
+    assert convert(source, tmp_path / "out").converted == 1
+    assert check_dataset(tmp_path / "out").ok
