@@ -399,7 +399,7 @@ def test_settings_of_other_forms_are_refused(arguments, message, tmp_path, capsy
 
 def test_a_tar_is_not_read(tmp_path):
     archive = write_tar(tmp_path / "archive.tar", scan(1))
-    with pytest.raises(ValueError, match="holds JPEGs in a tar"):
+    with pytest.raises(ValueError, match="is a tar and was not looked into"):
         convert(archive, tmp_path / "out")
 
 
@@ -412,3 +412,12 @@ def test_repeat_scans_differ_and_are_repeats(heads, tmp_path):
     assert first.shape == (248, 496)
     repeat, person = (np.corrcoef(first.ravel(), x.ravel())[0, 1] for x in (second, other))
     assert person < repeat < 0.9999
+
+
+def test_a_link_to_nothing_costs_no_other(tmp_path):
+    write_tree(tmp_path / "in", {**scan(1), **scan(402), **scan(1, 2)})
+    for name in ("dead.jpg", f"OAS1_0402_MR1_mpr-2_{FIRST}.jpg"):
+        (tmp_path / "in" / "Data" / NON / name).symlink_to(tmp_path / "gone")
+    report = convert(tmp_path / "in", tmp_path / "out")
+    assert report.converted == 2
+    assert sum("is a link to something that is not there" in line for line in report.left_out) == 2

@@ -63,6 +63,7 @@ BROKEN = {
     "a login page, packed": (lambda p: p.write_bytes(gzip.compress(LOGIN)), "a web page, not an archive"),
     "an error of a server": (lambda p: p.write_text('{"error": "denied"}'), "is a text .*denied.*: log in"),
     "nothing": (lambda p: p.write_bytes(b""), "is empty: download it again"),
+    "an empty zip": (lambda p: p.write_bytes(b"PK\5\6" + bytes(18)), "is an empty zip: download it again"),
     "a pointer": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a text"),
     "noise": (lambda p: p.write_bytes(bytes(range(256)) * 9), "is not a zip, a tar or a tar.gz"),
     "a link": (_link, "holds the link 'link'"),
@@ -84,6 +85,10 @@ BROKEN = {
         "disc2.tar.gz (1)",
         "disc2.tar.gz.part",
         "disc2.tar.gz.html",
+        "Unconfirmed 1234.crdownload",
+        "disc2.part",
+        "disc2.xz",
+        "disc2.z01",
     ],
 )
 def test_a_login_page_costs_no_other(name, tmp_path, capsys):
@@ -491,3 +496,27 @@ def test_what_is_finished_needs_no_space(tmp_path, monkeypatch):
     assert convert(source, out).kept == 2
     with pytest.raises(OSError, match="MB free"):
         convert(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"version": 1}', '{"format": 5}', "{", "\xff"])
+def test_check_names_the_plan_that_is_damaged(content, tmp_path, capsys):
+    convert(neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441]), tmp_path / "out")
+    (tmp_path / "out" / "conversion.json").write_bytes(content.encode("latin-1"))
+    assert main(["check", str(tmp_path / "out")]) == 1
+    assert "conversion.json is damaged: convert again into a new folder" in capsys.readouterr().err
+
+
+def test_out_that_links_to_itself_is_named(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    source = neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441])
+    for out in (source.parent, source):
+        assert main(["convert", str(out), str(tmp_path / "loop")]) == 1
+        assert "loop cannot be a folder" in capsys.readouterr().err
+
+
+def test_a_slice_left_empty_is_made_again(tmp_path):
+    source = neurite_tar(tmp_path / "in" / "disc1.tar.gz", [1, 402, 441])
+    convert(source, tmp_path / "out")
+    next((tmp_path / "out").rglob("case_402_*.png")).write_bytes(b"")
+    assert convert(source, tmp_path / "out").converted == 1
+    assert check_dataset(tmp_path / "out").ok

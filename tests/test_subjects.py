@@ -24,6 +24,9 @@ ROWS = [line.split(";") for line in TABLE.splitlines()]
         lambda t: "OASIS-1: cross-sectional\n\n" + t,
         lambda t: t + ";;;;;;;;;;;\n;;;;;;;;;;;\n",
         lambda t: t + "\nSource: Marcus et al., 2007;;;\nMean;;;47,5;;;;0,25\n".replace("47,5", ""),
+        lambda t: t + "Mean;;;47,5;;;;0,25\n",
+        lambda t: t + "Total;1;;95\n2;F=1;;47,5\n",
+        lambda t: t.replace(";F;", ";Female;").replace(";;;;;1500", ";.;.;-;n/a;1500"),
         lambda t: t + t,
         lambda t: t.replace(";", "\t"),
         lambda t: t.replace(",", ".").replace(";", ","),
@@ -48,12 +51,25 @@ def test_what_a_spreadsheet_adds_is_passed_over(change, encoding, tmp_path):
         ("OAS1_0003_MR1;X;R;70;;;;0", "line 5: M/F is 'X'"),
         ("OAS1_0003_MR1;F;R;70;;;;0,7", "line 5: CDR is '0,7'"),
         ("OAS1_003;F;R;70;;;;0", "line 5: ID is 'OAS1_003'"),
+        ("0003;Female;R;70;;;;0", "line 5: ID is '0003'"),
+        ("OAS1_003;;;;;;;0", "line 5: ID is 'OAS1_003'"),
+        ("OAS1_0001_MR1;F;R;44;;;;0,5", "line 5: OAS1_0001_MR1 stands there twice and differs"),
     ],
 )
 def test_a_line_about_somebody_is_never_passed_over(line, message, tmp_path):
     (tmp_path / "t.csv").write_text(TABLE + line)
     with pytest.raises(ValueError, match=message):
         read_subjects(tmp_path / "t.csv")
+
+
+def test_what_is_unknown_is_marked_in_many_ways(tmp_path):
+    (tmp_path / "t.csv").write_text("ID,M/F,Age,CDR\nOAS1_0005_MR1,?,N/A,.\n")
+    assert read_subjects(tmp_path / "t.csv") == {5: Subject(None, None, None)}
+
+
+def test_a_folder_is_no_table(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder\. Give OASIS's table"):
+        read_subjects(tmp_path)
 
 
 def test_decimal_commas_between_commas_are_no_guess(tmp_path):

@@ -503,3 +503,12 @@ def test_a_folder_without_volumes_is_refused(tmp_path, capsys):
     (tmp_path / "in" / "a.txt").write_text("x")
     assert main(["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--format", "volumes"]) == 1
     assert "holds no volume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", b"case,subject,file,similarity,axes\nx,A,b,1,R\n", b"\xff\xfe"]
+)
+def test_a_damaged_list_of_volumes_is_named(content, tmp_path):
+    (tmp_path / "volumes.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"volumes\.csv is damaged: convert the volumes again"):
+        read_volume_rows(tmp_path)

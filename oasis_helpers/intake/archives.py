@@ -34,7 +34,11 @@ LARGEST_TOTAL = 256 * 2**30  # bytes unpacked; a disc has about 4 GB, all twelve
 HIGHEST_RATIO = 100  # unpacked to packed; volumes reach 4, PNGs 1
 _RATIO_FROM = 16 * 2**20  # bytes; below this a high ratio does no harm
 _LARGEST_DIRECTORY = 32 * 2**20  # bytes of a zip's table of contents
-_ARCHIVE_NAME = re.compile(r"\.(?:zip|tar|tgz|tbz2?|txz|tzst|7z|rar)(?![a-z0-9])[^/]*$", re.IGNORECASE)
+_ARCHIVE_NAME = re.compile(  # also a volume of one, and what browsers call half a download
+    r"\.(?:zip|tar|tgz|tbz2?|bz2|t?xz|tzst|zst|7z|rar|z\d\d|crdownload|opdownload|download|part(?:ial)?)"
+    r"(?![a-z0-9])[^/]*$",
+    re.IGNORECASE,
+)
 _NONE = "OASIS's archives have no such thing: do not use this one."
 _END, _END_64, _LOCATOR_64, _ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"  # records of a zip
 
@@ -110,7 +114,9 @@ def kind_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         start = file.read(tarfile.BLOCKSIZE)
-        if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+        if start[:4] == _END:  # its table of contents comes first
+            raise ArchiveDamaged(f"{path} is an empty zip: download it again.")
+        if start[:4] == b"PK\x03\x04":
             return "zip"
         if start[:2] == b"\x1f\x8b":
             file.seek(0)

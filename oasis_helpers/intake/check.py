@@ -226,7 +226,15 @@ _FORMS = {
 def _made_from(location: DataLocation) -> str:
     """The format that a conversion noted; "course" where none was needed."""
     plan = location.root / "conversion.json"
-    return json.loads(plan.read_text(encoding="utf-8"))["format"] if plan.exists() else "course"
+    if not plan.exists():
+        return "course"
+    try:
+        found = json.loads(plan.read_text(encoding="utf-8"))["format"]
+        if not isinstance(found, str):  # also of a later version
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{plan} is damaged: convert again into a new folder.") from None
+    return found
 
 
 def _known_cases(location: DataLocation) -> dict[int, tuple[int, tuple[str, ...]]] | None:

@@ -81,15 +81,20 @@ def _every_file(found: Source, problems: list[str]) -> Iterator[Member]:
         if part.kind == "folder":
             for file in walk(part.path):
                 name = file.relative_to(part.path.parent).as_posix()
-                if form_of(name) != "archive":
+                if form_of(name) == "archive":
+                    continue
+                try:
                     yield Member(name, file.stat().st_size, file.read_bytes)
+                except FileNotFoundError:
+                    line = f"{file} is a link to something that is not there."
+                    problems += [line] if line not in problems else []
         elif part.kind == "zip":
             try:
                 yield from part.members()
             except (ArchiveDamaged, ArchiveRefused, OSError) as error:
                 problems.append(str(error))
         else:
-            problems.append(f"{part.path} holds JPEGs in a tar. Unpack it and give the folder.")
+            problems.append(f"{part.path} is a tar and was not looked into: if it holds JPEGs, unpack it.")
 
 
 def _class_of(name: str) -> tuple[float, str] | None:

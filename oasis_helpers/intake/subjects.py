@@ -20,6 +20,8 @@ from .archives import members
 FILE = "subjects.csv"
 COLUMNS = ("ID", "M/F", "Age", "CDR")
 _BEFORE = 50  # lines that may stand before the names of the columns
+_UNKNOWN = ("", "na", "n/a", "nan", "#n/a", "#nv", "null", "none", ".", "-", "–", "?")
+_SEXES = {"M": "M", "F": "F", "MALE": "M", "FEMALE": "F"}
 RATINGS = (0.0, 0.5, 1.0, 2.0, 3.0)
 
 
@@ -39,6 +41,8 @@ def read_subjects(path: Path) -> dict[int, Subject]:
     that are about nobody. Decimals may have a comma. Raises ``FileNotFoundError`` or ``ValueError``, which
     names the line and what is wrong with it.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder. Give OASIS's table, a CSV file.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. Give OASIS's table as CSV.")
     begin, names, rows = _table(path, _rows_of(path))
@@ -47,8 +51,9 @@ def read_subjects(path: Path) -> dict[int, Subject]:
         place = f"{path}, line {number}"
         row = dict(zip(names, cells))
         match = re.fullmatch(r"OAS1_(\d{4})_MR(\d+)", row["ID"], re.IGNORECASE)
-        if not match and row["M/F"].upper() not in ("M", "F") and _number(row["Age"]) is None:
-            continue  # about nobody: empty, a sum, a source
+        named = re.search(r"OAS|MR\d", row["ID"], re.IGNORECASE)
+        if not named and row["M/F"].upper() not in _SEXES:
+            continue  # about nobody: empty, a sum, a mean, a source
         if not match:
             raise ValueError(f"{place}: ID is {row['ID']!r}, should be like OAS1_0001_MR1.")
         if any(cells[len(names) :]):
@@ -57,7 +62,9 @@ def read_subjects(path: Path) -> dict[int, Subject]:
                 "between commas? Save it with semicolons."
             )
         if int(match[2]) == 1:
-            found[int(match[1])] = _subject(row, place)
+            case, subject = int(match[1]), _subject(row, place)
+            if found.setdefault(case, subject) != subject:
+                raise ValueError(f"{place}: {row['ID']} stands there twice and differs. Keep the right line.")
     return found
 
 
@@ -141,16 +148,14 @@ def _number(text: str) -> float | None:
 
 
 def _subject(row: dict[str, str], place: str) -> Subject:
-    age, sex, cdr = row["Age"], row["M/F"].upper(), row["CDR"]
-    years, sex = _number(age), sex or None
+    age, sex, cdr = ("" if row[c].lower() in _UNKNOWN else row[c] for c in ("Age", "M/F", "CDR"))
+    years = _number(age)
     if age and (years is None or not 0 < years < 120):
         raise ValueError(f"{place}: Age is {age!r}, should be a number of years, or empty.")
-    if sex not in ("M", "F", None):
+    if sex and sex.upper() not in _SEXES:
         raise ValueError(f"{place}: M/F is {row['M/F']!r}, should be M, F or empty.")
-    if cdr.lower() in ("", "na", "n/a", "nan", "#n/a", "#nv", "null", "none"):
-        return Subject(years, sex, None)
-    rating = _number(cdr)
-    if rating not in RATINGS:
+    sex, rating = _SEXES.get(sex.upper()), _number(cdr)
+    if cdr and rating not in RATINGS:
         raise ValueError(f"{place}: CDR is {cdr!r}, should be empty, 0, 0.5, 1, 2 or 3.")
     return Subject(years, sex, rating)
 

@@ -71,6 +71,11 @@ def files_of(root: Path, row: CaseRow) -> Iterator[Path]:
         yield root / f"{DATASET_FOLDER}_seg_{row.split}" / mask_name(row.case, k)
 
 
+def _is_written(path: Path) -> bool:
+    """Whether a file is there and has a byte: power that fails can leave it empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def finished_bytes(root: Path) -> int:
     """What the files of the finished cases of a converted set take."""
     paths = (path for row in read_rows(root).values() for path in files_of(root, row))
@@ -88,7 +93,7 @@ class Target:
         self.root, self._plan, self._force = root, plan, force
         self._begun, self._lock = False, threading.Lock()
         self.noted = {} if force else read_rows(root)
-        self.rows = {c: r for c, r in self.noted.items() if all(p.exists() for p in files_of(root, r))}
+        self.rows = {c: r for c, r in self.noted.items() if all(map(_is_written, files_of(root, r)))}
 
     def begin(self) -> None:
         """Once, before anything is written: remove what it replaces and what was left half written."""
@@ -139,6 +144,12 @@ class Target:
 
 def _check(source: Path | None, root: Path, plan: dict, force: bool) -> None:
     """Refuse a folder that holds something else."""
+    try:
+        root.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a link to itself, too long a name
+        raise OSError(f"{root} cannot be a folder ({error.strerror}). Choose another folder.") from None
     if source is not None and source.is_dir() and root.resolve().is_relative_to(source.resolve()):
         raise FileExistsError(f"{root} is inside {source}. Choose a folder outside what you convert.")
     if not root.exists():

@@ -162,17 +162,23 @@ class VolumeRow:
 
 
 def read_volume_rows(root: Path) -> dict[str, VolumeRow]:
-    """The cases of a set made from volumes by subject, from its ``volumes.csv``; empty if there is none."""
+    """The cases of a set made from volumes by subject, from its ``volumes.csv``; empty if there is none.
+
+    Raises ``ValueError``, which names the file, if somebody changed it into something else.
+    """
     path = root / "volumes.csv"
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {
-            r["subject"]: VolumeRow(
-                int(r["case"]), r["subject"], r["file"], float(r["similarity"]), r["axes"]
-            )
-            for r in csv.DictReader(file)
-        }
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {
+                r["subject"]: VolumeRow(
+                    int(r["case"]), r["subject"], r["file"], float(r["similarity"]), r["axes"]
+                )
+                for r in csv.DictReader(file)
+            }
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ValueError(f"{path} is damaged: convert the volumes again into a new folder.") from None
 
 
 def _write_volume_rows(root: Path, rows: dict[str, VolumeRow]) -> None:
