@@ -381,8 +381,8 @@ def load_latents(location: DataLocation, autoencoder: Autoencoder, image_size: i
 def latents_of(slices: Slices, factors: dict[int, PhantomFactors], autoencoder: Autoencoder) -> Latents:
     """Slices as latents, with what is true of them, in memory: 16 kB a slice.
 
-    They are the means that the encoder gives, not samples around them: the deviation is so small that noise
-    of the diffusion's first timestep covers it. Raises ``ValueError`` for a case without ``factors``.
+    They are the means that the encoder gives, not samples around them: the deviation is about as small as
+    the noise of the diffusion's first timestep. Raises ``ValueError`` for a case without ``factors``.
     """
     from .training import fingerprint
 

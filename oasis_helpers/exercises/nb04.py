@@ -181,7 +181,7 @@ SEEN = 320  # slices that a run may look at
 BASE = TrainConfig(batch_size=16, steps=SEEN // 16, lr=2e-3, warmup=0, lr_schedule="constant").replace(
     image_size=32, base_channels=16, channel_mult=(1, 2), attention_levels=(), schedule="sigmoid"
 )
-MAY_CHANGE = ("batch_size", "lr", "warmup", "lr_schedule", "ema_decay", "min_snr_gamma", "snr_offset", "loss")
+MAY_CHANGE = ("batch_size", "lr", "warmup", "lr_schedule", "min_snr_gamma", "snr_offset", "loss")
 WANTED = 0.7  # of the base's loss
 
 

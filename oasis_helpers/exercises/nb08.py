@@ -206,7 +206,7 @@ def _diagnose_rounded(rounded) -> str:
             f"{count} values, and {found:.1f} dB, where {LEAST_PSNR} is asked for ({psnr(_autoencoder().decode(latents), heads):.1f} "
             "without rounding). Where do most latents lie, and what does one error far out do?"
         )
-    return f"{count} values and {found:.1f} dB: a head of 65,536 bytes in two kilobytes."
+    return f"{count} values and {found:.1f} dB: a head of 65,536 pixels in two kilobytes."
 
 
 @torch.no_grad()

@@ -296,7 +296,10 @@ _NUMBERS: dict[str, Callable[[Run], dict[str, float]]] = {
         "roughness of the last estimates": _roughness(r.last_estimates),
     },
     "H": lambda r: {
-        f"difference to the samples of {BETWEEN} training steps before": _rms(r.samples - r.earlier),
+        # a share near 1 and no mean: how far it jumps is another number in every run
+        f"share of the samples' pixels that {BETWEEN} training steps changed by more than 0.02": float(
+            ((r.samples - r.earlier).abs() > 0.02).double().mean()
+        ),
         "loss at t = 500": r.loss(r.validation, 500),
     },
 }  # fmt: skip
@@ -351,7 +354,9 @@ def curve(letter: str) -> Figure:
         other = run("sound")
         means = {f"run {letter}": one.losses, "a sound run": other.losses}
         curves = {k: (range(5, TRAINING + 1, 5), v.reshape(-1, 5).mean(1)) for k, v in means.items()}
-        return plots.lines(curves, "step (means of 5)", "training loss", logy=True, size=(6.2, 2.8))
+        figure = plots.lines(curves, "step (means of 5)", "training loss", logy=True, size=(6.2, 2.8))
+        figure.axes[0].set_ylim(0.05, 1)  # the same axis wherever a run ends
+        return figure
     curves = {name: tuple(zip(*r.path)) for name, r in ((f"run {letter}", one), ("a sound run", sound))}
     return plots.lines(curves, "timestep t (sampling runs to the left)", "noise left", size=(6.2, 2.8))
 
