@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import json
 import os
 import sys
@@ -432,13 +433,29 @@ def _add_drawing(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
 
 
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _said(error: Exception) -> str:
+    """What an error says; what the system says of a file, with what to do."""
+    if isinstance(error, OSError) and error.filename:
+        if error.errno in _REFUSED:
+            return (
+                f"{error.filename} cannot be opened or made ({error.strerror}). Choose another folder, or "
+                "change its permissions."
+            )
+        if error.errno == errno.ENOSPC:
+            return f"{error.filename}: the disk is full. Make room, or choose a folder on another disk."
+    return str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 1."""
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(_said(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(stop.args[0] if stop.args else "stopped", file=sys.stderr)

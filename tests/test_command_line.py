@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import joblib
 import pytest
@@ -329,6 +332,26 @@ def test_ddpm_takes_all_steps_whatever_their_number(tiny, tmp_path, monkeypatch)
     command = ["sample", "--weights", str(tiny), "--number", "1", "--method", "ddpm", "--steps", "99"]
     assert main([*command, "--out", str(tmp_path / "x.png")]) == 0
     assert torch.equal(drawn[0], sample_images(clipped(load_weights(tiny)), 1, method="ddpm")[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EROFS, "cannot be opened or made (Read-only file system). Choose another folder"),
+        (errno.EACCES, "cannot be opened or made (Permission denied). Choose another folder"),
+        (errno.ENOSPC, "the disk is full. Make room"),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_what_to_do(number, advice, tmp_path, monkeypatch, capsys):
+    def refuse(*args, **settings):
+        raise OSError(number, os.strerror(number), str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(["phantoms", str(tmp_path / "out"), "--cases", "1", "1", "1"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert str(tmp_path / "out") in said
+    assert advice in said
 
 
 @pytest.mark.parametrize(

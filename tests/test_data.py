@@ -135,6 +135,35 @@ def test_factors_of_phantoms_and_of_people(phantoms, copy):
     assert load_factors(find_data(copy)) == {2: Subject(74, "F", 0.5)}
 
 
+def test_a_damaged_table_fails_the_check(copy, phantoms):
+    assert check_dataset(phantoms.root).tables == []
+    table = copy / "subjects.csv"
+    table.write_text("ID,M/F,Age,CDR\nOAS1_0002_MR1,F,74,0.5\n")
+    assert check_dataset(copy).tables == []
+    table.write_text("ID,M/F,Age,CDR\nOAS1_0002_MR1,F,old,0.5\n")
+    report = check_dataset(copy)
+    assert not report.ok
+    assert "damaged table: 1" in str(report)
+    assert "subjects.csv, line 2" in str(report)
+    (copy / "phantoms.json").write_text("{}")
+    (copy / "phantoms.csv").write_text("case\nx\n")
+    assert "phantoms.csv, line 2" in check_dataset(copy).tables[0]
+
+
+@pytest.mark.parametrize("size", [17, 64, 128, 256])
+def test_slices_and_masks_are_cut_and_scaled_as_by_torchvision(phantoms, size):
+    from torchvision.transforms import v2
+
+    path = next(iter(slices_in(phantoms.train, "case").values()))
+    with Image.open(path) as picture:
+        cut = v2.Compose([v2.CenterCrop(208), v2.Resize(size, antialias=True), v2.PILToTensor()])
+        assert torch.equal(slice_transform(size)(picture), to_unit_range(cut(picture)))
+    masks = phantoms.root / SEG_TRAIN
+    whole, scaled = load_masks(masks, 208, cases=1), load_masks(masks, size, cases=1)
+    scores = torch.nn.functional.one_hot(whole.long(), 4).permute(0, 3, 1, 2).float()
+    assert torch.equal(scaled.long(), v2.functional.resize(scores, size, antialias=True).argmax(1))
+
+
 def test_a_table_of_phantoms_changed_by_hand(copy):
     table = copy / "phantoms.csv"
     table.write_text(table.read_text().replace("441,test", "441,test,0.5"))

@@ -26,6 +26,7 @@ from ..layout import (
     names_in,
     read_png,
 )
+from .subjects import load_subjects
 
 
 @dataclass
@@ -50,6 +51,7 @@ class DatasetReport:
     leaks: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
     checksums: str = "not OASIS"
     altered: list[int] = field(default_factory=list)
 
@@ -64,6 +66,7 @@ class DatasetReport:
             "split leakage": self.leaks,
             "one slice twice": self.twice,
             "odd pixels": self.odd,
+            "damaged table": self.tables,
         }
         return {kind: lines for kind, lines in kinds.items() if lines}
 
@@ -108,10 +111,10 @@ def check_dataset(root: str | Path) -> DatasetReport:
     """Read every file of a data set and report what is wrong with it.
 
     Looks for missing folders, slices and partners, two files for one slice, PNGs that do not decode, a mode
-    other than L, a size other than 256×256, pixels that no such slice has, and cases in two splits. Each case
-    of a course set is also compared with the checksums shipped in ``oasis_png_cases.csv``, each case of a
-    converted set with what was converted. Raises as :func:`~oasis_helpers.data.find_data` if
-    there is no data set at ``root``.
+    other than L, a size other than 256×256, pixels that no such slice has, cases in two splits, and a table
+    (``phantoms.csv`` or ``subjects.csv``) that cannot be read. Each case of a course set is also compared
+    with the checksums shipped in ``oasis_png_cases.csv``, each case of a converted set with what was
+    converted. Raises as :func:`~oasis_helpers.data.find_data` if there is no data set at ``root``.
     """
     location = locate(Path(root).expanduser())
     made_from = _made_from(location)
@@ -141,7 +144,21 @@ def check_dataset(root: str | Path) -> DatasetReport:
                 digests[case][prefix].append(hashlib.file_digest(file, "sha256").hexdigest())
     if known is not None:
         _compare_checksums(digests, known, report)
+    report.tables += _damage_of_table(location)
     return report
+
+
+def _damage_of_table(location: DataLocation) -> list[str]:
+    try:
+        if location.kind == "phantoms":
+            from .phantoms import read_factors  # scipy takes a second to import
+
+            read_factors(location.root)
+        else:
+            load_subjects(location.root)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
 
 
 _Files = dict[str, dict[tuple[int, int], Path]]  # "case" and "seg" → (case, slice) → file

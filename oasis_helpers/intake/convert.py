@@ -57,8 +57,7 @@ from ..layout import (
     read_png,
 )
 from .archives import ArchiveDamaged, ArchiveRefused
-from .cases import Case, Reading, Shelf, split_of
-from .cases import Unusable as _Unusable
+from .cases import Case, Reading, Shelf, Unusable, split_of
 from .orientation import misplaced
 from .scans import ScanUnusable
 from .sources import FORMATS, Part, Source, find_source, recognise
@@ -132,11 +131,11 @@ def _course_png(name: str, content: bytes) -> None:
     try:
         read_png(io.BytesIO(content))
     except WrongSize as error:
-        raise _Unusable(f"{name} is {error}") from None
+        raise Unusable(f"{name} is {error}") from None
     except WrongMode as error:
-        raise _Unusable(f"{name} has {error}") from None
+        raise Unusable(f"{name} has {error}") from None
     except OSError as error:
-        raise _Unusable(f"{name} is damaged ({str(error)[:80]}); copy it again") from None
+        raise Unusable(f"{name} is damaged ({str(error)[:80]}); copy it again") from None
 
 
 _Slices = tuple[str, list[bytes], list[bytes]]  # split, images and masks as PNG, in order
@@ -145,7 +144,7 @@ _Slices = tuple[str, list[bytes], list[bytes]]  # split, images and masks as PNG
 def _from_course(case: Case) -> _Slices:
     splits = {split for _, _, split in case.parts}
     if len(splits) > 1:
-        raise _Unusable(f"it is in {' and '.join(sorted(splits))}; keep it in one split")
+        raise Unusable(f"it is in {' and '.join(sorted(splits))}; keep it in one split")
     (split,) = splits
     images, masks = {}, {}
     for role in sorted(case.parts):
@@ -154,22 +153,23 @@ def _from_course(case: Case) -> _Slices:
         (images if prefix == "case" else masks)[index] = content = case.read(role)
         _course_png(name, content)
     if not images:
-        raise _Unusable("it has masks and no image")
+        raise Unusable("it has masks and no image")
     if gaps := sorted(set(range(max(PLANES, len(images)))) - set(images)):
-        raise _Unusable(f"slices {', '.join(map(str, gaps[:8]))} are missing; copy the case again")
+        raise Unusable(f"slices {', '.join(map(str, gaps[:8]))} are missing; copy the case again")
     if set(masks) != set(images):
         case.notes.append(f"case {case.case:03d} has {len(images)} images and {len(masks)} masks")
     if masks and sorted(masks) != list(range(len(masks))):
-        raise _Unusable("some of its masks are missing, and not the last ones; copy the case again")
+        raise Unusable("some of its masks are missing, and not the last ones; copy the case again")
     return split, [images[k] for k in sorted(images)], [masks[k] for k in sorted(masks)]
 
 
-def _scaled(plane: np.ndarray, name: str) -> np.ndarray:
+def scaled(plane: np.ndarray, name: str) -> np.ndarray:
+    """A plane as bytes, its brightest voxel 255, below 0 black. Raises ``Unusable``, which says ``name``."""
     plane = np.clip(plane.astype(np.float64), 0, None)
     if not np.isfinite(plane).all():
-        raise _Unusable(f"{name} holds values that are no numbers")
+        raise Unusable(f"{name} holds values that are no numbers; copy or export it again")
     if plane.max() == 0:
-        raise _Unusable(f"{name} is empty")
+        raise Unusable(f"{name} is empty; copy or export it again")
     return np.round(plane * (255 / plane.max())).astype(np.uint8)
 
 
@@ -195,13 +195,13 @@ def _from_oasis1(case: Case) -> _Slices:
     if any(role == "mask" for role, _ in case.parts):
         labels = _t88(case, "mask")
         if labels.min() < 0 or labels.max() > 3 or (labels != np.round(labels)).any():
-            raise _Unusable(
+            raise Unusable(
                 f"its mask holds values from {labels.min()} to {labels.max()}, should be 0, 1, 2, 3"
             )
     else:
         case.notes.append(f"case {case.case:03d} has no segmentation (fseg): images without masks")
     for k in range(PLANES):
-        plane = _scaled(volume[:, :, FIRST_PLANE + k], f"plane {FIRST_PLANE + k}")
+        plane = scaled(volume[:, :, FIRST_PLANE + k], f"plane {FIRST_PLANE + k}")
         images.append(png_bytes(pad(plane)))
         if labels is not None:
             masks.append(png_bytes(pad(85 * labels[:, :, FIRST_PLANE + k].astype(np.uint8))))
@@ -213,23 +213,23 @@ def _nifti(name: str, content: bytes) -> np.ndarray:
         image = nibabel.Nifti1Image.from_bytes(gunzipped(name, content, _LARGEST_NIFTI))
         shape = tuple(n for n in image.shape if n != 1)
         if shape != NEURITE:
-            raise _Unusable(f"{name} is {'×'.join(map(str, image.shape))}, should be 160×192")
+            raise Unusable(f"{name} is {'×'.join(map(str, image.shape))}, should be 160×192")
         return image.get_fdata().reshape(NEURITE)
-    except (_Unusable, ScanUnusable):
+    except (Unusable, ScanUnusable):
         raise
     except Exception as error:  # nibabel raises many kinds for a file of noise
-        raise _Unusable(f"{name} cannot be read ({str(error)[:80]})") from None
+        raise Unusable(f"{name} cannot be read ({str(error)[:80]})") from None
 
 
 def _from_neurite(case: Case) -> _Slices:
     if ("norm",) not in case.parts:
-        raise _Unusable("slice_norm.nii.gz is missing")
-    image = _scaled(_nifti("slice_norm.nii.gz", case.read(("norm",))), "slice_norm.nii.gz")
+        raise Unusable("slice_norm.nii.gz is missing")
+    image = scaled(_nifti("slice_norm.nii.gz", case.read(("norm",))), "slice_norm.nii.gz")
     masks = []
     if ("seg4",) in case.parts:
         labels = _nifti("slice_seg4.nii.gz", case.read(("seg4",)))
         if not np.isin(labels, range(5)).all():
-            raise _Unusable("slice_seg4.nii.gz holds other values than 0 to 4")
+            raise Unusable("slice_seg4.nii.gz holds other values than 0 to 4")
         masks.append(png_bytes(pad(85 * _NEURITE_TISSUE[labels.astype(np.uint8)])))
     else:
         case.notes.append(f"case {case.case:03d} has no slice_seg4.nii.gz: an image without mask")
@@ -243,9 +243,9 @@ def _convert_case(target: Target, format: str, case: Case) -> tuple[Case, str | 
     """Write one case, or say why not."""
     try:
         if case.problems:
-            raise _Unusable(case.problems[0])
+            raise Unusable(case.problems[0])
         split, images, masks = _READERS[format](case)
-    except (_Unusable, ScanUnusable, ArchiveDamaged, ArchiveRefused, OSError) as error:
+    except (Unusable, ScanUnusable, ArchiveDamaged, ArchiveRefused, OSError) as error:
         return case, f"case {case.case:03d}: {error}"
     target.add(case.case, split, images, masks)
     return case, None

@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 
 from ..layout import COLS, PLANES, ROWS, DataLocation, check_space, image_name, pad, png_bytes, read_png
 from .archives import ArchiveDamaged, ArchiveRefused, Member
-from .convert import ConversionReport, _scaled, _Unusable, split_of
+from .cases import Unusable, split_of
+from .convert import ConversionReport, scaled
 from .sources import Source, form_of, walk
 from .subjects import Subject, load_subjects, write_subjects
 from .target import claimed, finished_bytes
@@ -136,22 +137,22 @@ def _plane(member: Member) -> np.ndarray:
     """What a JPEG shows, grey (160, 256), a pixel a millimetre."""
     name = member.name.rsplit("/", 1)[-1]
     if member.size > _LARGEST:
-        raise _Unusable(f"{name} has {member.size / 1e6:,.0f} MB, such files have at most 1")
+        raise Unusable(f"{name} has {member.size / 1e6:,.0f} MB, such files have at most 1")
     content = member.read()
     try:
         with JpegImageFile(io.BytesIO(content)) as image:  # as read_png: no other decoder
             size, mode = image.size, image.mode
             pixels = np.asarray(image) if size == _PLOT else None
     except Exception as error:  # Pillow raises many kinds for a file of noise
-        raise _Unusable(f"{name} is damaged ({str(error)[:80]}); copy it again") from None
+        raise Unusable(f"{name} is damaged ({str(error)[:80]}); copy it again") from None
     if pixels is None:
-        raise _Unusable(f"{name} is {size[0]}×{size[1]}, should be 496×248: give the files as downloaded")
+        raise Unusable(f"{name} is {size[0]}×{size[1]}, should be 496×248: give the files as downloaded")
     if mode == "RGB":
         if np.ptp(pixels[::4, ::4], axis=2).mean() > 8:  # some pixels tell
-            raise _Unusable(f"{name} is in colour, should be grey")
+            raise Unusable(f"{name} is in colour, should be grey")
         pixels = pixels[:, :, 1]
     elif mode != "L":
-        raise _Unusable(f"{name} has mode {mode}, should be RGB or L")
+        raise Unusable(f"{name} has mode {mode}, should be RGB or L")
     return np.asarray(Image.fromarray(pixels).resize(_FIELD[::-1], Image.Resampling.BICUBIC))
 
 
@@ -160,7 +161,7 @@ def _centred(planes: np.ndarray) -> np.ndarray:
     mean = planes.mean(axis=0)
     head = np.nonzero(mean > mean.max() / 5)  # above the noise of the air
     if not head[0].size:
-        raise _Unusable("its pictures are black")
+        raise Unusable("its pictures are black")
     top, left = (
         round((i.min() + i.max() + 1) / 2 + n / 2) for i, n in zip(head, (ROWS, COLS))
     )  # n more for the zeros around, n/2 less for the half of what is cut out
@@ -169,13 +170,13 @@ def _centred(planes: np.ndarray) -> np.ndarray:
 
 
 def _images(slices: dict[int, Member]) -> list[bytes]:
-    """The 32 slices of a scan as PNG, or :class:`_Unusable` with what is wrong with it."""
+    """The 32 slices of a scan as PNG, or :class:`Unusable` with what is wrong with it."""
     wanted = range(FIRST, FIRST + PLANES)
     if gone := [number for number in wanted if number not in slices]:
         more = f" and {len(gone) - 1} more of slices {FIRST} to {FIRST + PLANES - 1}" if len(gone) > 1 else ""
-        raise _Unusable(f"slice {gone[0]}{more} {'are' if more else 'is'} missing; copy the scan again")
+        raise Unusable(f"slice {gone[0]}{more} {'are' if more else 'is'} missing; copy the scan again")
     planes = _centred(np.stack([_plane(slices[number]) for number in wanted]))
-    return [png_bytes(pad(_scaled(plane, f"slice {k}"))) for k, plane in enumerate(planes)]
+    return [png_bytes(pad(scaled(plane, f"slice {k}"))) for k, plane in enumerate(planes)]
 
 
 def _first_whole(case: int, person: _Person, left_out: list[str]) -> list[bytes]:
@@ -183,7 +184,7 @@ def _first_whole(case: int, person: _Person, left_out: list[str]) -> list[bytes]
     for (session, repeat), slices in sorted(person.scans.items()):
         try:
             return _images(slices)
-        except (_Unusable, ArchiveDamaged, OSError) as error:
+        except (Unusable, ArchiveDamaged, OSError) as error:
             left_out.append(f"OAS1_{case:04d}_MR{session}_mpr-{repeat}: {error}")
     return []
 

@@ -220,9 +220,11 @@ def _values(image, shape: tuple[int, ...]) -> np.ndarray:
         if (slope, inter) != (1, 0):
             values = values * np.float32(slope) + np.float32(inter)
     if odd := int(values.size - np.isfinite(values).sum()):
-        raise ScanUnusable(f"{odd:,} of its voxels are no numbers (NaN or infinite)")
+        raise ScanUnusable(
+            f"{odd:,} of its voxels are no numbers (NaN or infinite): export it again, or set them to 0"
+        )
     if values.min() == values.max():
-        raise ScanUnusable(f"all its voxels are {values.flat[0]:g}")
+        raise ScanUnusable(f"all its voxels are {values.flat[0]:g}: export it again")
     return values
 
 

@@ -134,7 +134,8 @@ def _table(path: Path, forms: list[list[list[str]]]) -> tuple[int, list[str], li
     begin, names, rows = best
     if missing := [c for c in COLUMNS if c not in names]:
         raise ValueError(
-            f"{path} has no column {', '.join(missing)}. Its first line should be ID,M/F,Hand,Age,…,CDR,…"
+            f"{path} has no column {', '.join(missing)}. Give OASIS's table as it is published (its "
+            "first line is ID,M/F,Hand,Age,…,CDR,…), or name the columns of yours so."
         )
     return begin, names, [row + [""] * (len(names) - len(row)) for row in rows]
 

@@ -23,7 +23,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..layout import PLANES, DataLocation, check_space, pad, png_bytes
-from .convert import ConversionReport, _scaled, _Unusable, split_of
+from .cases import Unusable, split_of
+from .convert import ConversionReport, scaled
 from .scans import ScanUnusable, read_volume
 from .subjects import RATINGS, Subject, join_subjects
 from .target import claimed, finished_bytes
@@ -81,7 +82,7 @@ def _slices(grey_path: Path, white_path: Path) -> tuple[list[bytes], list[bytes]
             raise ScanUnusable(f"{path.name} is no map in MNI space at 2 mm; delete it and fetch it again")
         maps.append(course_planes(volume.values, np.linalg.inv(volume.affine), order=1))
     grey, white = maps
-    images = [png_bytes(pad(_scaled(grey[:, :, k], f"slice {k}"))) for k in range(PLANES)]
+    images = [png_bytes(pad(scaled(grey[:, :, k], f"slice {k}"))) for k in range(PLANES)]
     labels = np.where(grey + white < 0.5, 0, np.where(grey >= white, 2, 3)).astype(np.uint8)
     return images, [png_bytes(pad(85 * labels[:, :, k])) for k in range(PLANES)]
 
@@ -115,7 +116,7 @@ def convert_vbm(
                 continue
             try:
                 images, masks = _slices(grey, white)
-            except (ScanUnusable, _Unusable, OSError) as error:
+            except (ScanUnusable, Unusable, OSError) as error:
                 report.left_out.append(f"case {case:03d}: {error}")
                 continue
             target.add(case, split_of(case), images, masks)

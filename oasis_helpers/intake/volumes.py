@@ -39,7 +39,8 @@ from ..layout import (
     png_bytes,
     write_file,
 )
-from .convert import ConversionReport, _scaled, _Unusable, split_of
+from .cases import Unusable, split_of
+from .convert import ConversionReport, scaled
 from .phantoms import _CENTRE, _FIRST_Z, _T88_SCALE
 from .registration import Fit, need_simpleitk, register
 from .scans import Scan, ScanUnusable, Volume, find_scans, read_volume
@@ -131,8 +132,8 @@ def _make(scans: list[Scan], least: float) -> _Made:
                     "volume of a whole head? If so, take it with a lower --least-similarity"
                 )
             planes = np.clip(course_planes(volume.values, fit.matrix, order=3), 0, volume.values.max())
-            images = [png_bytes(pad(_scaled(planes[:, :, k], f"slice {k}"))) for k in range(PLANES)]
-        except (ScanUnusable, _Unusable, OSError, MemoryError) as error:
+            images = [png_bytes(pad(scaled(planes[:, :, k], f"slice {k}"))) for k in range(PLANES)]
+        except (ScanUnusable, Unusable, OSError, MemoryError) as error:
             left_out.append(f"{scan.path}: {error or 'not enough memory'}")
             continue
         masks = []
@@ -244,9 +245,8 @@ def convert_volumes(
         known, rows = {} if force else read_volume_rows(root), target.rows
         report = ConversionReport(DataLocation(root, "oasis"), str(source), kept=len(rows))
         wanted = {s: f for s, f in by_subject.items() if s not in known or known[s].case not in rows}
-        workers = min(
-            workers or min(joblib.cpu_count(), 3), max(len(wanted), 1)
-        )  # each needs half a gigabyte
+        workers = workers or min(joblib.cpu_count(), 3)  # each needs half a gigabyte
+        workers = min(workers, max(len(wanted), 1))
         made = _prepared(list(wanted.values()), least, workers)
         with tqdm(total=len(wanted), desc="registering", unit="subject", file=sys.stderr) as bar:
             for subject, found in zip(wanted, made):
