@@ -92,7 +92,7 @@ def _diagnose_away(away_from) -> str:
     }
     wanted = worth["thick scalp"] + 3.0 * (worth["thin scalp"] - worth["thick scalp"])
     compare(away_from(*how), torch.tensor([wanted]), "the estimate for s = 3", mistakes)
-    return "the avoided words stand where the empty prompt stood; for s = 1 they do nothing."
+    return "the avoided words stand where the empty prompt stood. Where both are the same, s does nothing."
 
 
 # ---- 8.3 ----------------------------------------------------------------------------------------
