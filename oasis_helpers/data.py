@@ -173,14 +173,17 @@ MIDDLE = 208  # the scan fills 176×208 of the 256×256; the rest is padding, a 
 
 def slice_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
     """PIL slice → its middle 208×208 pixels as a float tensor (1, image_size, image_size) in [−1, 1]."""
-    return partial(_cut_and_scaled, image_size=image_size)
+    return partial(_transformed, image_size=image_size)
 
 
-def _cut_and_scaled(picture: Image.Image, image_size: int) -> Tensor:
+def _transformed(picture: Image.Image, image_size: int) -> Tensor:
+    return to_unit_range(torch.from_numpy(_cut_and_scaled(picture, image_size))[None])
+
+
+def _cut_and_scaled(picture: Image.Image, image_size: int) -> np.ndarray:
     left, top = ((side - MIDDLE) // 2 for side in picture.size)
     middle = picture.crop((left, top, left + MIDDLE, top + MIDDLE))
-    scaled = middle.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return to_unit_range(torch.from_numpy(np.array(scaled))[None])
+    return np.array(middle.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
 @dataclass(frozen=True)
@@ -258,11 +261,11 @@ def _wanted(folder: Path, cases: int | None) -> dict[tuple[int, int], Path]:
 
 
 def _greys(paths: list[Path], image_size: int) -> Tensor:
-    shrink = slice_transform(image_size)
-    slices = torch.empty((len(paths), 1, image_size, image_size), dtype=torch.uint8)
+    # in numpy: for a slice torch wakes all threads, and where several processes read they wait for each other
+    slices = np.empty((len(paths), 1, image_size, image_size), np.uint8)
     for i, path in enumerate(tqdm(paths, desc="slices", unit="slice", disable=len(paths) < 2000)):
-        slices[i] = ((shrink(_open_checked(path)) + 1) * 127.5).round().to(torch.uint8)
-    return slices
+        slices[i, 0] = _cut_and_scaled(_open_checked(path), image_size)
+    return torch.from_numpy(slices)
 
 
 def _classes(paths: list[Path], image_size: int) -> Tensor:
