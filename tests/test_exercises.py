@@ -8,6 +8,7 @@ import re
 
 import nbformat
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from notebook_tools import all_notebooks
 
@@ -124,6 +125,14 @@ def test_every_other_fault_is_spoken_against(letter):
 
 def _doubled(x):
     return 2 * x
+
+
+def test_a_nothing_that_is_written_down_is_a_nothing_told():
+    def age_only(denoise, x, t, y, s):
+        second = denoise(x, t, y | {"atrophy": torch.full_like(y["atrophy"], torch.nan)})
+        return second + s * (denoise(x, t, y) - second)
+
+    assert "only the atrophy is exaggerated" in exercises()["7.2"].diagnose(age_only)
 
 
 def _diagnose(doubled):

@@ -355,7 +355,7 @@ def curve(letter: str) -> Figure:
         means = {f"run {letter}": one.losses, "a sound run": other.losses}
         curves = {k: (range(5, TRAINING + 1, 5), v.reshape(-1, 5).mean(1)) for k, v in means.items()}
         figure = plots.lines(curves, "step (means of 5)", "training loss", logy=True, size=(6.2, 2.8))
-        figure.axes[0].set_ylim(0.05, 1)  # the same axis wherever a run ends
+        figure.axes[0].set_ylim(0.03, 1)  # the same axis wherever a run ends
         return figure
     curves = {name: tuple(zip(*r.path)) for name, r in ((f"run {letter}", one), ("a sound run", sound))}
     return plots.lines(curves, "timestep t (sampling runs to the left)", "noise left", size=(6.2, 2.8))
