@@ -348,7 +348,7 @@ def ddim() -> Figure:
 
 def stable_diffusion() -> Figure:
     """The four parts of Stable Diffusion, each box linked to its code: what training adds is dashed."""
-    figure, axis = _canvas(10, 4.6)
+    figure, axis = _canvas(10, 5.0)
     boxes = {
         "prompt": (0.9, 3.9, "a phrase", 1.2, "#FFFFFF", ""),
         "tokenizer": (2.7, 3.9, "tokenizer", 1.3, PALE, "prompts"),
@@ -359,9 +359,10 @@ def stable_diffusion() -> Figure:
         "sampler": (2.7, 2.3, "sampler", 1.2, PALE, "sampling"),
         "decoder": (7.2, 2.3, "decoder", 1.3, PALE, "autoencoder"),
         "head": (9.1, 2.3, "a head\n256×256", 1.3, "#FFFFFF", ""),
-        "slice": (9.1, 0.5, "a slice, and\nwhat is true of it", 1.7, "#FFFFFF", ""),
+        "slice": (9.0, 0.5, "a slice, and\nwhat is true of it", 1.9, "#FFFFFF", ""),
         "encoder": (7.0, 0.5, "encoder", 1.3, PALE, "autoencoder"),
         "noising": (4.7, 0.5, "noising", 1.3, PALE, "diffusion"),
+        "grammar": (8.15, 3.9, "grammar", 1.3, PALE, "prompts"),
     }
     for x, y, text, width, colour, code in boxes.values():
         _box(axis, x, y, text, width=width, height=0.72, colour=colour, code=code)
@@ -381,6 +382,11 @@ def stable_diffusion() -> Figure:
         join(*pair.split())
     for pair in ("slice encoder", "encoder noising", "noising unet"):
         join(*pair.split(), dashed=True)
+    training = {"dashed": True, "colour": plots.ORANGE}
+    _arrow(axis, (8.15, 0.86), (8.15, 3.54), **training)
+    _arrow(axis, (8.15, 4.26), (0.9, 4.26), bend=0.07, **training)
+    axis.text(8.25, 1.4, "the truths", ha="left", va="center", color=plots.ORANGE)
+    axis.text(6.2, 4.62, "true phrases", ha="center", va="bottom", color=plots.ORANGE)
     axis.text(4.82, 3.34, "what the words mean", ha="left", va="center")
     _arrow(axis, (4.1, 1.94), (3.35, 1.1), bend=-0.25)
     axis.text(2.55, 1.7, "12 to 20 times", ha="right", va="center")

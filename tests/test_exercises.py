@@ -67,6 +67,14 @@ def test_a_stub_gets_help(key):
     assert key not in course.passed()
 
 
+def test_a_prediction_is_one_of_those_that_are_offered():
+    for one in exercises().values():
+        if one.prediction is not None:
+            printed = said(one.key, "a cat", one.solution)
+            assert printed.startswith(f"✗ {one.key}: the prediction is 'a cat': write down one of '"), printed
+            assert repr(one.prediction) in printed
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_notebook_holds_a_stub_for_each_exercise_and_its_minutes(name):
     cells = ALL[name].cells
@@ -74,10 +82,13 @@ def test_a_notebook_holds_a_stub_for_each_exercise_and_its_minutes(name):
         (place,) = [
             i for i, c in enumerate(cells) if c.cell_type == "code" and f'exercise("{one.key}")' in c.source
         ]
-        stub, text = cells[place], cells[place - 1]
+        stub = cells[place]
+        text = [cell for cell in cells[:place] if cell.cell_type == "markdown"][-1]
         assert re.search(rf"^def {one.solution.__name__}\(", stub.source, re.M), one.key
         assert re.search(r"^\s+\.\.\.", stub.source, re.M), f"{one.key}: the stub has dots to fill in"
-        assert re.search(r"^prediction = \.\.\.", stub.source, re.M) or one.prediction is None
+        if one.prediction is not None:
+            offered = re.findall(r'"(.+?)"', re.search(r"^prediction = \.\.\.(.+)", stub.source, re.M)[1])
+            assert sorted(offered) == sorted((one.prediction, *one.alternatives)), one.key
         assert f"### {one.key} · {one.title} · {one.minutes} min" in text.source
         (output,) = stub.outputs
         assert output.text.startswith(f"{one.key} waits for you"), output.text
@@ -128,11 +139,11 @@ def _doubled(x):
 
 
 def test_a_nothing_that_is_written_down_is_a_nothing_told():
-    def age_only(denoise, x, t, y, s):
+    def atrophy_only(denoise, x, t, y, s):
         second = denoise(x, t, y | {"atrophy": torch.full_like(y["atrophy"], torch.nan)})
         return second + s * (denoise(x, t, y) - second)
 
-    assert "only the atrophy is exaggerated" in exercises()["7.2"].diagnose(age_only)
+    assert "only the atrophy is exaggerated" in exercises()["7.2"].diagnose(atrophy_only)
 
 
 def _diagnose(doubled):

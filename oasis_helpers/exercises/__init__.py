@@ -43,7 +43,8 @@ class Exercise:
     ``key`` is "2.1" for the first of notebook 2; ``kind`` one of :data:`KINDS`: "diagnosis" asks for a
     fault's name; ``minutes`` what it takes. ``diagnose(*answer)`` returns a sentence on a right answer and
     raises :class:`Wrong` otherwise. ``solution`` is a function of the stub's name, ``prediction`` the right
-    one where the stub asks for one first. ``wrong`` are answers as ``diagnose`` takes them, each with a
+    one where the stub asks for one first, and ``alternatives`` the others that it offers. ``wrong`` are
+    answers as ``diagnose`` takes them, each with a
     part of the message that it must get. ``picture(*answer)`` draws what a right answer gives.
     """
 
@@ -56,6 +57,7 @@ class Exercise:
     solution: Callable
     wrong: Sequence[tuple[tuple, str]]
     prediction: str | None = None
+    alternatives: Sequence[str] = ()
     picture: Callable[..., Figure] | None = None
 
     @property
@@ -68,6 +70,9 @@ class Exercise:
         try:
             if any(part is None or part is Ellipsis for part in answer):
                 raise Unfilled
+            if self.prediction is not None and answer[0] not in (self.prediction, *self.alternatives):
+                offered = ", ".join(map(repr, sorted((self.prediction, *self.alternatives))))
+                raise Wrong(f"the prediction is {answer[0]!r}: write down one of {offered}.")
             said = self.diagnose(*(_seen(part) if callable(part) else part for part in answer))
         except Unfilled:
             asked = "write down what you expect, then fill in" if self.prediction else "fill in"

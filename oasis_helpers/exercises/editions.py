@@ -155,6 +155,8 @@ def deck(notebook):
     made = copy.deepcopy(notebook)
     cells, section = [], ""
     for cell in made.cells:
+        if exercise_of(cell):
+            continue
         for part, kind in _slides_of(cell):
             if heading := re.match(r"##? (.+)", part.source):
                 section = heading[1]

@@ -248,6 +248,7 @@ EXERCISES = (
             "`(plane[:, None] - plane).abs()`. Divide by the root of the number of pixels.",
         ),
         diagnose=_diagnose_distance, solution=mean_distance, prediction="over 10", picture=_distances,
+        alternatives=("about 2", "about 5"),
         wrong=(
             (("over 10", _of_all_heads), "choose pairs of one case"),
             (("about 5", _one_way_without_a_root), "divide by its root"),

@@ -253,6 +253,7 @@ EXERCISES = (
             "`(other.snr().log() - one.snr()[t].log()).abs().argmin()`.",
         ),
         diagnose=_diagnose_snr, solution=same_snr, prediction="the same", picture=_pairs,
+        alternatives=("different",),
         wrong=(
             (("the same", _same_t), "which you give, has"),
             (("different", _farthest), "where the two are nearest"),

@@ -264,6 +264,7 @@ EXERCISES = (
             "The differences of neighbours are `estimate.diff(dim=-1)`; take the mean of their absolute values.",
         ),
         diagnose=_diagnose_lie, solution=roughness, prediction="grainy", picture=_estimates,
+        alternatives=("smooth",),
         wrong=(
             (("grainy", _of_the_input), "Ask the network first"),
             (("grainy", _down_the_columns), "the next one in the row is wanted"),

@@ -284,6 +284,7 @@ EXERCISES = (
             "Take the mean of each row, `.mean(1)`, and the standard deviation of these means, `.std()`.",
         ),
         diagnose=_diagnose_scatter, solution=scatter, prediction="a half",
+        alternatives=("the same", "a quarter"),
         wrong=(
             (("the same", _single), "because you never make batches"),
             (("a quarter", _variance), "that is the variance"),

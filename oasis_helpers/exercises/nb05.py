@@ -268,6 +268,7 @@ EXERCISES = (
             "`torch.cosine_similarity((a - mean).flatten(1), (b - mean).flatten(1)).mean()`.",
         ),
         diagnose=_diagnose_likeness, solution=likeness, prediction="other heads",
+        alternatives=("the same heads", "similar heads"),
         wrong=(
             (("other heads", _with_the_mean), "before the mean head is subtracted"),
             (("the same heads", _only_one), "from one of the two only"),

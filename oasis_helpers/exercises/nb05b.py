@@ -263,6 +263,7 @@ EXERCISES = (
             "`come_down(schedule.q_sample(x, t, noise), t)` is what comes back; take the mean of the absolute difference.",
         ),
         diagnose=_diagnose_change, solution=change, prediction="it grows",
+        alternatives=("it falls", "it stays"),
         wrong=(
             (("it grows", _not_noised), "Noise it first"),
             (("it stays", _signed), "take absolute values before the mean"),

@@ -317,6 +317,7 @@ EXERCISES = (
             (("up", fid_of_twins), "it goes down"),
         ),
         prediction="down",
+        alternatives=("up", "the same"),
         picture=_picture_of_fid,
     ),
     Exercise(

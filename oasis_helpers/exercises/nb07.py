@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 from matplotlib.figure import Figure
@@ -18,39 +19,39 @@ from . import Exercise, Wrong, compare
 # ---- 7.1 ----------------------------------------------------------------------------------------
 
 
-def in_w(x_c, x_0, w):
-    return (1 + w) * x_c - w * x_0
+def in_w(told, untold, w):
+    return (1 + w) * told - w * untold
 
 
-def _as_s(x_c, x_0, w):
-    return x_0 + w * (x_c - x_0)
+def _as_s(told, untold, w):
+    return untold + w * (told - untold)
 
 
-def _exchanged(x_c, x_0, w):
-    return (1 + w) * x_0 - w * x_c
+def _exchanged(told, untold, w):
+    return (1 + w) * untold - w * told
 
 
-def _added(x_c, x_0, w):
-    return (1 + w) * x_c + w * x_0
+def _added(told, untold, w):
+    return (1 + w) * told + w * untold
 
 
 def _diagnose_in_w(in_w) -> str:
-    x_c, x_0, w = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]), 1.0
+    told, untold, w = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]), 1.0
     mistakes = {
-        "w is read as s: w = 1 gives no guidance, and w = 0 would ignore the wish.": _as_s(x_c, x_0, w),
+        "w is read as s: w = 1 gives no guidance, and w = 0 would ignore the wish.": _as_s(told, untold, w),
         "the halves are exchanged: you run towards the estimate that was told nothing.": _exchanged(
-            x_c, x_0, w
+            told, untold, w
         ),
-        "a plus stands in place of the minus: the two weights have to add up to 1.": _added(x_c, x_0, w),
+        "a plus stands in place of the minus: the two weights have to add up to 1.": _added(told, untold, w),
     }
-    compare(in_w(x_c, x_0, w), (1 + w) * x_c - w * x_0, "the estimate for w = 1", mistakes)
+    compare(in_w(told, untold, w), (1 + w) * told - w * untold, "the estimate for w = 1", mistakes)
     return "w = 0 is the plain conditional estimate, and s = 1 + w."
 
 
 # ---- 7.2 ----------------------------------------------------------------------------------------
 
 
-def age_only(denoise, x, t, y, s):
+def atrophy_only(denoise, x, t, y, s):
     without_atrophy = {name: values for name, values in y.items() if name != "atrophy"}
     second = denoise(x, t, without_atrophy)
     return second + s * (denoise(x, t, y) - second)
@@ -75,7 +76,7 @@ def _without_scale(denoise, x, t, y, s):
     return denoise(x, t, y)
 
 
-def _diagnose_age_only(age_only) -> str:
+def _diagnose_atrophy_only(atrophy_only) -> str:
     asked: list[set] = []
     worth = {"height": 1.0, "atrophy": 10.0, "head": 100.0}
 
@@ -85,7 +86,7 @@ def _diagnose_age_only(age_only) -> str:
         return x + sum(worth[name] for name in asked[-1])
 
     x, y = torch.zeros(1), {"height": torch.ones(1), "atrophy": torch.ones(1), "head": torch.zeros(1)}
-    found = age_only(tells, x, 500, y, 2.0)
+    found = atrophy_only(tells, x, 500, y, 2.0)
     told = sorted(asked, key=len)
     if len(told) < 2 or len(told[0]) == 3:
         raise Wrong(
@@ -168,15 +169,23 @@ _right_apart = cache(lambda scale: apart(people(scale)))
 
 # ---- 7.4 ----------------------------------------------------------------------------------------
 
-LEAST_FLUID, MOST_BRIGHT = 0.36, 0.28
+LEAST_FLUID, MOST_BRIGHT, LARGEST_STEP = 0.37, 0.25, 0.05
 
 
 def my_scale(t):
+    return 1 + 5 * max(0.0, 1 - abs(t - 400) / 300)
+
+
+def _in_an_interval(t):
     return 4.0 if 200 <= t <= 700 else 1.0
 
 
 def _always_four(t):
     return 4.0
+
+
+def _always_a_little_more(t):
+    return 1.8
 
 
 def _always_one(t):
@@ -199,9 +208,16 @@ def _symptoms(heads: Tensor) -> tuple[float, float]:
 
 
 def _diagnose_scale(my_scale) -> str:
-    values = [my_scale(t) for t in (0, 300, 600, 999)]
+    values = [my_scale(t) for t in range(1000)]
     if not all(isinstance(value, int | float) and 0 <= value <= 20 for value in values):
-        raise Wrong(f"s at t = 0, 300, 600, 999 is {values}: give a number from 0 to 20 for each t.")
+        raise Wrong(f"s at t = 0, 300, 600, 999 is {values[::300]}: give a number from 0 to 20 for each t.")
+    steps = [abs(after - before) for before, after in pairwise(values)]
+    if max(steps) > LARGEST_STEP:
+        at = steps.index(max(steps))
+        raise Wrong(
+            f"between t = {at} and {at + 1} s jumps by {max(steps):.2f}: from one t to the next {LARGEST_STEP} is allowed. "
+            "Let it rise and fall on the way."
+        )
     fluid, bright = _symptoms(_drawn(_over_t(my_scale)))
     if fluid < LEAST_FLUID:
         raise Wrong(
@@ -228,7 +244,7 @@ EXERCISES = (
         "7.1", "Guidance in w", "line", 4,
         hints=(
             "Ho and Salimans weigh the told estimate with 1 + w and the other with −w.",
-            "`(1 + w) * x_c - w * x_0`; for w = 0 nothing but x_c is left.",
+            "`(1 + w) * told - w * untold`; for w = 0 nothing but `told` is left.",
         ),
         diagnose=_diagnose_in_w, solution=in_w,
         wrong=(
@@ -238,14 +254,14 @@ EXERCISES = (
         ),
     ),
     Exercise(
-        "7.2", "Exaggerate the age alone", "function", 10,
+        "7.2", "Exaggerate the atrophy alone", "function", 10,
         hints=(
             "What is exaggerated is the difference of the two estimates. What must the second be told, so that only the "
             "atrophy differs?",
             '`{name: values for name, values in y.items() if name != "atrophy"}` is the wish without it; then '
             "`second + s * (first - second)`.",
         ),
-        diagnose=_diagnose_age_only, solution=age_only,
+        diagnose=_diagnose_atrophy_only, solution=atrophy_only,
         wrong=(
             ((_against_nothing,), "one half is told nothing"),
             ((_both_told,), "so that s does nothing"),
@@ -260,8 +276,9 @@ EXERCISES = (
             "Sum the distances of all pairs and divide by N · (N − 1), for the N pairs of a head with itself count 0.",
         ),
         diagnose=_diagnose_apart, solution=apart, prediction="about as far",
+        alternatives=("closer together", "farther apart"),
         wrong=(
-            (("more alike", _with_themselves), "pairs of *different* people"),
+            (("closer together", _with_themselves), "pairs of *different* people"),
             (("about as far", _of_neighbouring_pixels), "Compare person with person"),
         ),
     ),
@@ -270,12 +287,14 @@ EXERCISES = (
         hints=(
             "Read the section on the interval again: what can a strong push near T − 1 still throw away, and what is left "
             "to decide near 0?",
-            "4 between t = 200 and 700 and 1 elsewhere passes. Is a smooth curve better?",
+            "A tent passes: 1 at t = 100 and 700, 6 at t = 400, straight lines between.",
         ),
         diagnose=_diagnose_scale, solution=my_scale, picture=_own_heads,
         wrong=(
             ((_always_four,), "too much contrast"),
+            ((_always_a_little_more,), "too much contrast"),
             ((_always_one,), "not exaggerated enough"),
+            ((_in_an_interval,), "s jumps by 3.00"),
         ),
     ),
 )  # fmt: skip

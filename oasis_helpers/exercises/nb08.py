@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import plots
-from ..autoencoder import Autoencoder, load_autoencoder
+from ..autoencoder import Autoencoder, load_autoencoder, load_stable_diffusion
 from ..data import read_slices, to_unit_range
 from ..intake.phantoms import make_phantoms, phantom_cache
+from ..prompts import tokenize
+from ..sampling import sample_images
 from . import Exercise, Wrong, compare
 
 # ---- 8.1 ----------------------------------------------------------------------------------------
@@ -93,6 +95,35 @@ def _diagnose_away(away_from) -> str:
     wanted = worth["thick scalp"] + 3.0 * (worth["thin scalp"] - worth["thick scalp"])
     compare(away_from(*how), torch.tensor([wanted]), "the estimate for s = 3", mistakes)
     return "the avoided words stand where the empty prompt stood. Where both are the same, s does nothing."
+
+
+class _Led:
+    """The shipped denoiser, led away from something by a rule such as :func:`away_from`."""
+
+    def __init__(self, denoise, rule, avoided: str, s: float = 3.0):
+        self.schedule, self.shape, self.device = denoise.schedule, denoise.shape, denoise.device
+        self._how = denoise, rule, {"prompt": tokenize(avoided)}, s
+
+    def __call__(self, x, t, y=None):
+        denoise, rule, avoided, s = self._how
+        return rule(denoise, x, t, y, avoided, s)
+
+
+def _heads_led_away(away_from) -> Figure:
+    """One noise and one wish, led away from nothing and from two words."""
+    denoise, autoencoder = load_stable_diffusion()
+    y, pictures = {"prompt": tokenize("lateral ventricles")}, []
+    for avoided, rule in (
+        ("slice", _away_from_nothing),
+        ("marked atrophy", away_from),
+        ("no atrophy", away_from),
+    ):
+        led = _Led(denoise, rule, avoided)
+        pictures.append(
+            autoencoder.decode(sample_images(led, 1, method="dpm_solver", steps=12, seed=1, y=y))[0]
+        )
+    names = ["lateral ventricles, s = 3", 'away from "marked atrophy"', 'away from "no atrophy"']
+    return plots.grid(pictures, 3, names, 2.4, "synthetic – not for diagnosis")
 
 
 # ---- 8.3 ----------------------------------------------------------------------------------------
@@ -241,7 +272,7 @@ EXERCISES = (
             "In plain guidance the second estimate is told nothing. What is it told here?",
             "`second = denoise(x, t, avoided)`, then `second + s * (denoise(x, t, wanted) - second)`.",
         ),
-        diagnose=_diagnose_away, solution=away_from,
+        diagnose=_diagnose_away, solution=away_from, picture=_heads_led_away,
         wrong=(
             ((_away_from_nothing,), "what is to be avoided was never told"),
             ((_towards,), "exchange the two"),
@@ -255,6 +286,7 @@ EXERCISES = (
             "`autoencoder.decode(latents.roll(1, dims=-1))`.",
         ),
         diagnose=_diagnose_moved, solution=decode_moved, prediction="it moves by 8 pixels", picture=_moved,
+        alternatives=("it moves by 1 pixel", "it falls apart"),
         wrong=(
             (("it moves by 8 pixels", _channels_moved), "you moved the channels"),
             (("it falls apart", _rows_moved), "which is the other axis"),

@@ -47,12 +47,8 @@ PLANTED = dict(zip(LETTERS, (
     "clipped latents", "leakage", "alpha off by one", "no average of the weights",
 )))  # fmt: skip
 
-CALLS, COUNT, TRAINING, BETWEEN = (
-    20,
-    3,
-    250,
-    20,
-)  # calls of the network, samples, steps, steps between two looks
+CALLS, COUNT = 20, 3  # of the network for a sample, and samples of a run
+TRAINING, BETWEEN = 250, 20  # steps, and steps between two looks
 TIMES = (20, 100, 300, 500, 700, 900, 980)
 
 
@@ -296,9 +292,9 @@ _NUMBERS: dict[str, Callable[[Run], dict[str, float]]] = {
         "roughness of the last estimates": _roughness(r.last_estimates),
     },
     "H": lambda r: {
-        # a share near 1 and no mean: how far it jumps is another number in every run
-        f"share of the samples' pixels that {BETWEEN} training steps changed by more than 0.02": float(
-            ((r.samples - r.earlier).abs() > 0.02).double().mean()
+        # to tenths, and no mean: how far it jumps is another number in every run
+        f"share of the samples' pixels that {BETWEEN} training steps changed by more than 0.02": round(
+            float(((r.samples - r.earlier).abs() > 0.02).double().mean()), 1
         ),
         "loss at t = 500": r.loss(r.validation, 500),
     },
@@ -306,14 +302,10 @@ _NUMBERS: dict[str, Callable[[Run], dict[str, float]]] = {
 
 
 @cache
-def numbers(letter: str) -> dict[str, float]:
-    """Two numbers measured on the run with this letter."""
-    return _NUMBERS[letter](run(letter))
-
-
-@cache
-def _numbers_repaired(letter: str) -> dict[str, float]:
-    return _NUMBERS[letter](_repaired(letter))
+def numbers(letter: str) -> dict[str, tuple[float, float]]:
+    """Two numbers, each as measured on the run with this letter and on a sound one."""
+    ill, sound = (_NUMBERS[letter](one) for one in (run(letter), _repaired(letter)))
+    return {name: (value, sound[name]) for name, value in ill.items()}
 
 
 def _rows(letter: str, one: Run) -> list[Tensor]:
@@ -326,20 +318,21 @@ def _rows(letter: str, one: Run) -> list[Tensor]:
 
 
 def picture(letter: str) -> Figure:
-    """Pictures of the run, three a row: samples, or what else shows that something is wrong."""
-    return _grid(letter, {"": run(letter)}, COUNT)
+    """The run, and on the right a sound one: samples, or what else shows that something is wrong."""
+    return _beside(letter, "a sound run")
 
 
-def _grid(letter: str, runs: dict[str, Run], columns: int) -> Figure:
+def _beside(letter: str, other: str) -> Figure:
+    """Pictures of the run on the left, and on the right, under the name ``other``, without its fault."""
     names = {"F": ["validation slice", "most like it"], "H": ["20 steps before", "at the end"]}
-    names = names.get(letter, ["sample"])
     pictures, titles = [], []
-    for said, one in runs.items():
-        for name, row in zip(names, _rows(letter, one)):
+    for number, name in enumerate(names.get(letter, [""])):
+        for said, one in ((f"run {letter}", run(letter)), (other, _repaired(letter))):
+            row = _rows(letter, one)[number]
             pictures += [*row]
-            titles += [f"{name}{said}" if name != "sample" else f"run {letter}{said}"] * len(row)
+            titles += [f"{said}:\n{name}" if name else said] * len(row)
     window = plots.WHOLE if letter == "D" else plots.BRAIN  # what is wrong with D is brighter than a brain
-    return plots.grid(pictures, columns, titles, 1.7, "synthetic – not for diagnosis", window=window)
+    return plots.grid(pictures, 2 * COUNT, titles, 1.5, "synthetic – not for diagnosis", window=window)
 
 
 def curve(letter: str) -> Figure:
@@ -442,16 +435,10 @@ def _diagnosis(letter: str) -> Callable[[Callable[[], str]], str]:
         if named != PLANTED[letter]:
             said = _ESPECIALLY.get((letter, named)) or _AGAINST[named].format(**_measured(letter))
             raise Wrong(f"{named} does not fit: {said}.")
-        before, after = numbers(letter), _numbers_repaired(letter)
-        gone = "; ".join(f"{name} {before[name]:.2f} → {after[name]:.2f}" for name in before)
+        gone = "; ".join(f"{name} {ill:.2f} → {sound:.2f}" for name, (ill, sound) in numbers(letter).items())
         return f"{named}: {_SAID[letter]}. Repaired: {gone}."
 
     return diagnose
-
-
-def _before_and_after(letter: str) -> Callable[..., Figure]:
-    columns = COUNT * (2 if letter in "FH" else 1)
-    return lambda fault_of: _grid(letter, {"": run(letter), ", repaired": _repaired(letter)}, columns)
 
 
 def fault_of_a():
@@ -493,9 +480,13 @@ def _named(name: str) -> Callable[[], str]:
 def _exercise(letter: str, solution: Callable, hints: Sequence[str], wrong: dict[str, str]) -> Exercise:
     number = LETTERS.index(letter) + 1
     answers = tuple(((_named(name),), message) for name, message in wrong.items())
+    hints = (
+        "Which of the five looks shows it first? Take them in their order.",
+        *hints,
+    )  # nothing told unasked
     return Exercise(
         f"10.{number}", f"Run {letter}", "diagnosis", 6, hints, _diagnosis(letter), solution, answers,
-        picture=_before_and_after(letter),
+        picture=lambda fault_of: _beside(letter, "repaired"),
     )  # fmt: skip
 
 
