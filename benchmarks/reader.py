@@ -25,7 +25,7 @@ from oasis_helpers.phantoms import make_phantoms, phantom_cache
 from oasis_helpers.prompts import SLOTS, truths
 from oasis_helpers.seeds import generator
 
-SIZE, BATCH, EPOCHS, RATE = 128, 64, 16, 1e-3
+SIZE, BATCH, EPOCHS, RATE = 128, 64, 8, 1e-3
 UNSEEN, UNSEEN_SEED = 150, 1
 PART = 128
 

@@ -83,7 +83,7 @@ def trained(config: TrainConfig, slices, make: Callable[[], nn.Module] | None = 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         with _one_at_a_time:  # nor may two make their initial weights from the one global generator
-            step = Step(config, (make or config.make_network)(), DEVICE)
+            step = Step(config, make() if make else config.begin(slices), DEVICE)
             step.record(draw_step(config, slices, config.objective, 0))
         started = time.perf_counter()
         for number in range(config.steps):

@@ -66,7 +66,8 @@ class _TokensEmbedding(nn.Module):
         super().__init__()
         self.condition = tokens
         self.table = nn.Embedding(tokens.vocabulary + 1, width)  # the last row is "nothing"
-        self.places = nn.Parameter(0.02 * torch.randn(tokens.length, width))
+        # As large as words: beside those, places of 0.02 stay unlearned, and a phrase is a bag of words.
+        self.places = nn.Parameter(torch.randn(tokens.length, width))
         heads = width // 32 if width % 32 == 0 else 1
         layer = nn.TransformerEncoderLayer(
             width, heads, 2 * width, dropout=0.0, batch_first=True, norm_first=True

@@ -1,4 +1,5 @@
 import hashlib
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -16,10 +17,11 @@ from oasis_helpers.autoencoder import (
     load_latents,
     load_stable_diffusion,
 )
+from oasis_helpers.conditions import Tokens
 from oasis_helpers.data import load_slices, to_unit_range
 from oasis_helpers.evaluation import SEGMENTER
 from oasis_helpers.layout import DataLocation
-from oasis_helpers.prompts import LENGTH, VOCABULARY, tokenize
+from oasis_helpers.prompts import LENGTH, SLOTS, VOCABULARY, tokenize
 from oasis_helpers.sampling import sample_images
 from oasis_helpers.seeds import generator
 from oasis_helpers.training import (
@@ -31,6 +33,7 @@ from oasis_helpers.training import (
     read_header,
     run,
     save_weights,
+    teach_reading,
     train,
     train_to,
 )
@@ -41,7 +44,7 @@ SMALL = Autoencoding(
 )
 TINY = TrainConfig(SMALL, steps=4, batch_size=2, warmup=1, ema_decay=0.5)
 TINY_LATENT = TrainConfig(LatentDenoising(image_size=8), steps=3, batch_size=4, warmup=1).replace(
-    base_channels=8, channel_mult=(1, 2), attention_levels=(1,)
+    base_channels=8, channel_mult=(1, 2), attention_levels=(1,), reading_steps=2
 )
 
 
@@ -270,6 +273,67 @@ def test_each_step_has_new_phrases_from_its_seed_alone(latents):
     prompts = draw_step(TINY_LATENT.replace(batch_size=400), everything, objective, 0)["y"]["prompt"]
     dropped = prompts.eq(-1).all(1).float().mean()
     assert 0.05 < dropped < 0.16  # a tenth
+
+
+def _truths(count):
+    """Rows as of ``truths``: anything from the lowest to the highest word of each slot."""
+    starts = [[low for low, _ in slot.words.values()] for slot in SLOTS]
+    low, high = (torch.tensor([end(of) for of in starts]) for end in (min, max))
+    drawn = torch.rand(count, len(SLOTS), generator=torch.Generator().manual_seed(0))
+    return low + 1.3 * (high - low) * drawn
+
+
+def _alike(reader):
+    """The cosine of what "thin" of the scalp and what "thin" of the skull changes in the vectors."""
+    texts = ["thick scalp, thick skull", "thin scalp, thick skull", "thick scalp, thin skull"]
+    with torch.no_grad():
+        neither, scalp, skull = reader(tokenize(texts)).mean(1)
+    return float(torch.cosine_similarity(scalp - neither, skull - neither, dim=0))
+
+
+def test_reading_is_learned_and_its_draws_are_of_the_seed():
+    torch.manual_seed(0)
+    reader = Tokens(len(VOCABULARY), LENGTH).embedding(96)
+    assert reader.places.std() > 0.9, "as large as words"
+    known, texts = _truths(500), ["thin scalp", "slice, thick scalp", "thin skull"]
+    known[:, :4] = torch.nan
+    fresh = deepcopy(reader)
+    told = teach_reading(reader, known, 250)(texts)
+    assert told.shape == (3, 6)
+    assert told[1, 4] > told[0, 4] + 0.5  # mm
+    once, again = (teach_reading(deepcopy(fresh), known, 3)(texts) for _ in range(2))
+    assert torch.equal(once[:, 4:], again[:, 4:])
+    one, two = (teach_reading(deepcopy(fresh), known, 1, seed=seed)(texts) for seed in (1, 2))
+    assert not torch.equal(one[:, 4:], two[:, 4:])
+
+
+def test_the_weights_that_ship_know_whose_word_it_is():
+    denoise, _ = load_stable_diffusion()
+    assert _alike(denoise.network.conditions["prompt"]) < 0.5
+
+
+def test_what_nobody_knows_is_no_lesson():
+    torch.manual_seed(0)
+    reader = Tokens(len(VOCABULARY), LENGTH).embedding(32)
+    known = _truths(50)
+    known[:, 3] = torch.nan
+    found = teach_reading(reader, known, 3)(["thin scalp"])[0]
+    assert found.isnan().tolist() == [False] * 3 + [True] + [False] * 2
+    assert all(p.isfinite().all() for p in reader.parameters())
+    with pytest.raises(ValueError, match="reading_steps is -1: give 0 or more"):
+        TINY_LATENT.replace(reading_steps=-1)
+
+
+def test_only_a_fresh_network_learns_to_read_first(latents, monkeypatch, tmp_path):
+    begun = []
+    monkeypatch.setattr(LatentDenoising, "begin", lambda self, network, data, seed: begun.append(seed))
+    config = TINY_LATENT.replace(seed=3)
+    states = train_to(tmp_path / "l.safetensors", config, latents, device="cpu", every=1)
+    next(states), states.close()
+    assert begun == [3]
+    list(train_to(tmp_path / "l.safetensors", config, latents, device="cpu", resume=True))
+    list(train(config, latents, model=config.make_network(), device="cpu"))
+    assert begun == [3]
 
 
 def test_a_latent_model_names_its_autoencoder(latents, trained, tmp_path):

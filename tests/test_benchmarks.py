@@ -152,7 +152,12 @@ def test_the_latent_model_is_trained_on_the_autoencoder_as_it_ships(module, phan
             image_size=64, encoder_widths=(8, 8), decoder_widths=(8, 8), batch_size=2
         ),
         "latent": PROFILES["latent"].replace(
-            image_size=8, base_channels=8, channel_mult=(1,), attention_levels=(), batch_size=2
+            image_size=8,
+            base_channels=8,
+            channel_mult=(1,),
+            attention_levels=(),
+            batch_size=2,
+            reading_steps=2,
         ),
     }
     monkeypatch.setattr(latent, "PROFILES", tiny)
@@ -1010,7 +1015,7 @@ def test_pixels_and_latents_had_the_same_time_and_readme_says_what_came(module):
     training = result["training"]
     halves = sum(training[name]["seconds"] for name in ("autoencoder", "latents"))
     assert training["pixels"]["seconds"] == pytest.approx(halves, rel=0.01)
-    _says(re.search(r"that ship take (.*?) s of an H100", words)[1], halves)
+    _says(re.search(r"the two halves took (.*?) s of an H100", words)[1], halves)
     for name, row in result["rows"].items():
         memory, near, sharp, *slots, skull = _row(README, name, 6)
         _says(memory, training[name.split(",")[0]]["memory, GB"])

@@ -195,7 +195,7 @@ def test_an_autoencoder_and_a_model_of_its_latents(phantoms, tmp_path, monkeypat
     small = Autoencoding(64, encoder_widths=(8, 8), decoder_widths=(8, 8), encoder_blocks=1, decoder_blocks=1)
     monkeypatch.setitem(training.PROFILES, "autoencoder", TrainConfig(small, steps=2, batch_size=2))
     latent = TrainConfig(LatentDenoising(image_size=8), steps=2, batch_size=4).replace(
-        base_channels=8, channel_mult=(1, 2), attention_levels=()
+        base_channels=8, channel_mult=(1, 2), attention_levels=(), reading_steps=2
     )
     monkeypatch.setitem(training.PROFILES, "latent", latent)
     first, second = (tmp_path / f"{name}.safetensors" for name in ("a", "l"))

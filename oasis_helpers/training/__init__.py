@@ -6,6 +6,7 @@
 from .config import PROFILES, TrainConfig, learning_rate, pick_device
 from .loop import EMA, TrainState, autocast, draw_step, faster_precision, train
 from .objective import Denoising, LatentDenoising, validation_loss
+from .reading import teach_reading
 from .run import checkpoints, run_folder, train_to
 from .weights import (
     GUIDED,
@@ -25,5 +26,5 @@ __all__ = [
     "EMA", "GUIDED", "PROFILES", "WEIGHTS", "Denoising", "Header", "LatentDenoising", "TrainConfig",
     "TrainState", "autocast", "checkpoints", "draw_step", "faster_precision", "fingerprint", "learning_rate",
     "load_network", "load_weights", "pick_device", "read_header", "read_tensors", "run_folder", "save",
-    "save_checkpoint", "save_weights", "train", "train_to", "validation_loss",
+    "save_checkpoint", "save_weights", "teach_reading", "train", "train_to", "validation_loss",
 ]  # fmt: skip

@@ -67,6 +67,16 @@ class TrainConfig:
             torch.manual_seed(self.seed)
             return self.objective.make_network()
 
+    def begin(self, data) -> torch.nn.Module:
+        """A fresh network ready for its first step on ``data``.
+
+        An objective may have a first thing to do with it, ``begin(network, data, seed)``.
+        """
+        network = self.make_network()
+        if begin := getattr(self.objective, "begin", None):
+            begin(network, data, self.seed)
+        return network
+
     def loop(self) -> dict[str, Any]:
         """The loop's own settings by name, as JSON can hold them."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "objective"}

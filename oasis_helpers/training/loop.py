@@ -161,7 +161,9 @@ def train(
             f"batch_size {config.batch_size} does not fit {group.count} processes in {config.accumulate} "
             f"parts each: choose a multiple of {group.count * config.accumulate}."
         )
-    model = (config.make_network() if model is None else model).to(group.device)
+    if model is None:
+        model = config.begin(data) if resume is None else config.make_network()
+    model = model.to(group.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     ema, optimizer = EMA(model, config.ema_decay), _optimizer(model, config, group.device)

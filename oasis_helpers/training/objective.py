@@ -1,6 +1,7 @@
 """What diffusion asks of the training loop: which network, what is random in a step, and the loss.
 
-The loop knows no diffusion. It asks an objective for a network (``make_network``), for all that a step needs
+The loop knows no diffusion. It asks an objective for a network (``make_network``), what comes before the
+first step (``begin``, if there is such) and after the last (``finish``), for all that a step needs
 of a batch (``draw``: everything random is drawn here, on the CPU, from one generator) and for the loss of
 each image (the objective called). Ho et al. 2020 (arXiv 2006.11239), algorithm 1; dropped conditions, Ho &
 Salimans 2022 (arXiv 2207.12598), algorithm 1.
@@ -23,6 +24,7 @@ from ..diffusion import LOSSES, Denoiser, NoiseSchedule, check_prediction, diffu
 from ..prompts import LENGTH, VOCABULARY, phrases, tokens
 from ..seeds import generator
 from ..unet import UNet
+from .reading import teach_reading
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -167,7 +169,9 @@ class LatentDenoising(Denoising):
 
     ``image_size`` is that of the latents. ``autoencoder``: the SHA-256 of the file of weights whose latents
     they are; those of another autoencoder mean nothing to the network. ``words``: the vocabulary that its
-    tokens number. Each time a latent is seen, a new phrase is made of what is true of it.
+    tokens number. Before the first step the transformer learns for ``reading_steps`` to read
+    (:mod:`~oasis_helpers.training.reading`). Each time a latent is seen, a new phrase is made of what is true
+    of it.
     """
 
     image_size: int = 32
@@ -177,6 +181,7 @@ class LatentDenoising(Denoising):
     conditions: Mapping[str, Condition] = field(default_factory=_a_prompt)
     autoencoder: str = ""
     words: tuple[str, ...] = VOCABULARY
+    reading_steps: int = 1200
     kind: ClassVar[str] = "latent denoiser"
 
     def __post_init__(self):
@@ -184,6 +189,13 @@ class LatentDenoising(Denoising):
         object.__setattr__(self, "words", tuple(self.words))
         if self.words != VOCABULARY:
             raise ValueError("its prompts have other words than this version's grammar")
+        if self.reading_steps < 0:
+            raise ValueError(f"reading_steps is {self.reading_steps}: give 0 or more.")
+
+    def begin(self, network: UNet, data, seed: int) -> None:
+        """Teach the transformer of a fresh network to read phrases about ``data``."""
+        _, known = data[torch.arange(len(data))]
+        teach_reading(network.conditions["prompt"], known, self.reading_steps, seed)
 
     def draw(self, batch, drawn: torch.Generator) -> dict[str, Any]:
         """Phrases for latents (B, c, h, w) of which (B, 6) is true, and the rest as :class:`Denoising`."""
