@@ -980,6 +980,27 @@ def test_prompts_are_obeyed_as_readme_and_card_say(module):
     for slot in names:  # both controls: a prompt that is not heard, and slices that are what is asked for
         assert guess[slot]["word"]["right, high"] < reader[slot]["word"]["right, low"]
     assert result["distances"]["slices"]["KID, low"] < 0 < result["distances"]["slices"]["KID, high"]
+    words = " ".join(README.read_text().split())
+    for slot, pattern in (
+        ("scalp", r"right of the scalp, by (.*?\)) points"),
+        ("skull", r"of the skull, by (.*?\)),"),
+        ("atrophy", r"less often of atrophy, by (.*?\))\."),
+    ):
+        row = result["beside"]["s = 2"][slot]
+        found = [100 * row[f"more right{end}"] for end in ("", ", low", ", high")]
+        if slot == "atrophy":  # said as what is less
+            found = [-found[0], -found[2], -found[1]]
+        _says(re.search(pattern, words)[1], *found)
+
+
+def test_who_is_more_often_right_is_counted_slice_by_slice(module):
+    prompts = module("prompts")
+    known = torch.tensor([[12.0, 0.05, 20.0, 600.0, 4.0, 6.0], [12.0, 0.9, 60.0, 600.0, 4.0, 6.0]])
+    wrong = known.clone()
+    wrong[1, 5] = 4.0  # a skull that is thin and not thick
+    found = prompts.more_right(known, known, wrong, torch.tensor([1, 2]))
+    assert (found["skull"]["more right"], found["scalp"]["more right"]) == (0.5, 0.0)
+    assert prompts.more_right(known, wrong, known, torch.tensor([1, 2]))["skull"]["more right"] == -0.5
 
 
 def test_what_the_autoencoder_keeps_is_on_its_card_and_in_readme():

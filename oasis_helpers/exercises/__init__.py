@@ -44,8 +44,8 @@ class Exercise:
     fault's name; ``minutes`` what it takes. ``diagnose(*answer)`` returns a sentence on a right answer and
     raises :class:`Wrong` otherwise. ``solution`` is a function of the stub's name, ``prediction`` the right
     one where the stub asks for one first, and ``alternatives`` the others that it offers. ``wrong`` are
-    answers as ``diagnose`` takes them, each with a
-    part of the message that it must get. ``picture(*answer)`` draws what a right answer gives.
+    answers as ``diagnose`` takes them, each with a part of the message that it must get.
+    ``picture(*answer)`` draws what a right answer gives.
     """
 
     key: str

@@ -3,7 +3,8 @@
 The error of a noisy image changes by very little when a skull is thick and not thin, so that from this error
 alone the transformer learns that *something* is thin, and not what. Stable Diffusion takes a transformer that
 has read before (CLIP; Rombach et al. 2022, arXiv 2112.10752; Radford et al. 2021, arXiv 2103.00020). Here it
-reads the phrases of the grammar for a minute, and its vectors have to tell the truths that they were made of.
+reads the phrases of the grammar for a minute, and the truths that they were made of must be found in its
+vectors by attention, as the places of the U-Net will.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ BATCH, RATE, WARMUP = 16, 5e-4, 100
 
 
 class _Teller(nn.Module):
-    """Vectors of words (B, L, D) → truths (B, N): each asks the words, as the places of the U-Net will."""
+    """Vectors of words (B, L, D) → truths (B, N): each asks the words."""
 
     def __init__(self, width: int, truths: int):
         super().__init__()
         self.questions = nn.Parameter(torch.randn(truths, width))
-        self.attention = nn.MultiheadAttention(width, 6 if width % 6 == 0 else 1, batch_first=True)
+        heads = width // 32 if width % 32 == 0 else 1
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.out = nn.Linear(width, 1)
 
     def forward(self, words: Tensor) -> Tensor:
