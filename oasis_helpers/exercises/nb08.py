@@ -13,7 +13,7 @@ from ..autoencoder import Autoencoder, load_autoencoder, load_stable_diffusion
 from ..data import read_slices, to_unit_range
 from ..intake.phantoms import make_phantoms, phantom_cache
 from ..prompts import tokenize
-from ..sampling import sample_images
+from ..sampling import guided, sample_images
 from . import Exercise, Wrong, compare
 
 # ---- 8.1 ----------------------------------------------------------------------------------------
@@ -112,16 +112,9 @@ class _Led:
 def _heads_led_away(away_from) -> Figure:
     """One noise and one wish, led away from nothing and from two words."""
     denoise, autoencoder = load_stable_diffusion()
-    y, pictures = {"prompt": tokenize("lateral ventricles")}, []
-    for avoided, rule in (
-        ("slice", _away_from_nothing),
-        ("marked atrophy", away_from),
-        ("no atrophy", away_from),
-    ):
-        led = _Led(denoise, rule, avoided)
-        pictures.append(
-            autoencoder.decode(sample_images(led, 1, method="dpm_solver", steps=12, seed=1, y=y))[0]
-        )
+    ways = [guided(denoise, 3.0), *(_Led(denoise, away_from, f"{much} atrophy") for much in ("marked", "no"))]
+    how = {"method": "dpm_solver", "steps": 12, "seed": 1, "y": {"prompt": tokenize("lateral ventricles")}}
+    pictures = [autoencoder.decode(sample_images(way, 1, **how))[0] for way in ways]
     names = ["lateral ventricles, s = 3", 'away from "marked atrophy"', 'away from "no atrophy"']
     return plots.grid(pictures, 3, names, 2.4, "synthetic – not for diagnosis")
 

@@ -480,10 +480,7 @@ def _named(name: str) -> Callable[[], str]:
 def _exercise(letter: str, solution: Callable, hints: Sequence[str], wrong: dict[str, str]) -> Exercise:
     number = LETTERS.index(letter) + 1
     answers = tuple(((_named(name),), message) for name, message in wrong.items())
-    hints = (
-        "Which of the five looks shows it first? Take them in their order.",
-        *hints,
-    )  # nothing told unasked
+    hints = "Which of the five looks shows it first? Take them in their order.", *hints  # it is shown unasked
     return Exercise(
         f"10.{number}", f"Run {letter}", "diagnosis", 6, hints, _diagnosis(letter), solution, answers,
         picture=lambda fault_of: _beside(letter, "repaired"),
